@@ -1,0 +1,1 @@
+"""Process groups and collectives. Nothing outside this package calls torch.distributed."""

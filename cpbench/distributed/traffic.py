@@ -1,0 +1,47 @@
+"""How much a rank communicates: calls and wire bytes per axis and operation, predicted by formula or counted by the recorder.
+
+Wire bytes are the bytes a rank *receives from other ranks*. Pure data: the formulas of a strategy are in its file, the recorder is in
+collectives.py, and a test holds one against the other for every strategy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Traffic:
+    """{(axis, operation): [calls, bytes received]} of one rank."""
+
+    counts: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, axis: str, operation: str, received: int, calls: int = 1) -> None:
+        """Count `calls` collectives that together receive `received` bytes."""
+        old_calls, old_bytes = self.counts.get((axis, operation), (0, 0))
+        self.counts[axis, operation] = (old_calls + calls, old_bytes + received)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        total = Traffic(dict(self.counts))
+        for (axis, operation), (calls, received) in other.counts.items():
+            total.add(axis, operation, received, calls)
+        return total
+
+    def times(self, factor: int) -> Traffic:
+        """The traffic of `factor` equal layers."""
+        return Traffic({key: (calls * factor, received * factor) for key, (calls, received) in self.counts.items()})
+
+    @property
+    def bytes(self) -> int:
+        return sum(received for _, received in self.counts.values())
+
+    @property
+    def calls(self) -> int:
+        return sum(calls for calls, _ in self.counts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """{axis: {operation: {calls, bytes}}}, sorted."""
+        nested: dict[str, Any] = {}
+        for (axis, operation), (calls, received) in sorted(self.counts.items()):
+            nested.setdefault(axis, {})[operation] = {"calls": calls, "bytes": received}
+        return nested

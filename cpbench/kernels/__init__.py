@@ -1,0 +1,31 @@
+"""Attention on one device: one file per kernel, one line here each. Modules are imported when a kernel is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from cpbench.errors import unknown
+
+if TYPE_CHECKING:
+    from cpbench.kernels.base import Kernel
+
+KERNELS = {  # name -> module and class; `auto` takes the first that is available
+    "sdpa": "cpbench.kernels.sdpa:Sdpa",
+    "cpu_flash": "cpbench.kernels.cpu_flash:CpuFlash",
+    "reference": "cpbench.kernels.reference:Reference",
+}
+
+
+def load_kernel(name: str) -> Kernel:
+    """The kernel of that name. Raises CpbenchError for a name that is not registered."""
+    if name not in KERNELS:
+        raise unknown("kernel", name, [*KERNELS, "auto"])
+    module, class_name = KERNELS[name].split(":")
+    kernel: Kernel = getattr(import_module(module), class_name)()
+    return kernel
+
+
+def pick_kernel(device: str, dtype: str, dim_qk: int, dim_v: int) -> Kernel:
+    """The first registered kernel that can run here. `reference` always can."""
+    return next(kernel for kernel in map(load_kernel, KERNELS) if kernel.available(device, dtype, dim_qk, dim_v) is None)

@@ -1,0 +1,1 @@
+"""Decoder models: configurations, presets and the layers that run them."""

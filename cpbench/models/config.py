@@ -1,0 +1,121 @@
+"""What shape a decoder has: the numbers of a Hugging Face config.json that cpbench needs, checked and named.
+
+Pure data: no torch. The layers that these numbers describe are in the other modules of this package.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cpbench.errors import CpbenchError, unknown
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
+    "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
+}
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A dense decoder with grouped-query attention. Sizes are numbers of elements."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    tied_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CpbenchError(f"Model {self.name!r} has {field} = {value!r}.", f"{field} must be a whole number of at least 1.")
+        if self.heads % self.kv_heads:
+            near = max(n for n in range(1, self.kv_heads + 1) if self.heads % n == 0)
+            raise CpbenchError(
+                f"Model {self.name!r}: {self.heads} query heads do not divide over {self.kv_heads} kv heads.",
+                f"The nearest number of kv heads is {near}.",
+            )
+        if self.head_dim % 2:
+            raise CpbenchError(f"Model {self.name!r} has the odd head_dim {self.head_dim}.", f"RoPE rotates pairs: use {self.head_dim + 1}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def reduced(self) -> ModelConfig:
+        """The same heads and rules with a narrow width and two layers at most: what numerics are checked on where the model is wide."""
+        return replace(self, hidden=min(self.hidden, 256), layers=min(self.layers, 2), intermediate=min(self.intermediate, 512), vocab=min(self.vocab, 8192))
+
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        bias = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        return attention + bias + norms + 3 * self.hidden * self.intermediate
+
+
+def from_hugging_face(path: str | Path) -> ModelConfig:
+    """Read a Hugging Face config.json, or the folder that holds one. Raises CpbenchError with what is wrong in it."""
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise CpbenchError(f"{file} is larger than 1 MiB.", "A config.json is a few kilobytes: is this the right file?")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give a preset name (cpbench list models) or the path of a config.json.") from error
+    except (ValueError, RecursionError) as error:
+        raise CpbenchError(f"{file} is not JSON.", "Give the config.json of a Hugging Face model.") from error
+    if not isinstance(raw, dict):
+        raise CpbenchError(f"{file} holds no JSON object.", "Give the config.json of a Hugging Face model.")
+    return _read(raw, file)
+
+
+def _read(raw: dict[str, Any], file: Path) -> ModelConfig:
+    architectures = raw.get("architectures") or ["(none)"]
+    architecture = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    if architecture not in ARCHITECTURES:
+        raise unknown(f"architecture in {file}:", architecture, ARCHITECTURES)
+    if raw.get("sliding_window") and raw.get("use_sliding_window", architecture == "MistralForCausalLM"):
+        raise CpbenchError(f"{file} asks for a sliding window, which cpbench does not implement.", "Set use_sliding_window to false, or choose another model.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
+        raise CpbenchError(
+            f"{file} asks for scaled RoPE, which dense models here do not implement.",
+            "Remove rope_scaling from the config; timing does not depend on it.",
+        )
+    rules = ARCHITECTURES[architecture]
+    try:
+        heads = raw["num_attention_heads"]
+        return ModelConfig(
+            name=file.parent.name or str(file),
+            hidden=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            intermediate=raw["intermediate_size"],
+            vocab=raw["vocab_size"],
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 1e4))),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bool(raw.get("attention_bias", False)) or rules["qkv_bias"],
+            qk_norm=rules["qk_norm"],
+        )
+    except KeyError as error:
+        raise CpbenchError(f"{file} lacks {error.args[0]!r}.", "Give a complete config.json.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CpbenchError(f"{file} holds a value of the wrong type: {error}.", "Give the config.json of a Hugging Face model.") from error

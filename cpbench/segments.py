@@ -1,0 +1,114 @@
+"""Which query rows see which key rows, as data that any kernel can execute.
+
+A segment gives a range of query rows the key ranges that every one of them sees in full, and at most one *causal square*: a key range
+as long as the query range whose i-th key is seen by the queries from the i-th on. Every causal pattern of context parallelism is a
+list of such segments, and no masked block appears in any of them. This module decides what is computed, not how.
+
+    zigzag, cp=2, rank 0 holds blocks 0 and 3; keys as gathered late-before-early: 3 2 0 1
+                     3   2   0   1
+        q block 0    .   .   \\   .      causal square on block 0
+        q block 3    \\   #   #   #      causal square on block 3, one full range over the rest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cpbench.partition import Block
+
+
+class Span(NamedTuple):
+    """Rows [start, stop)."""
+
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Query rows `queries` see the key rows of `full`, and those of `causal` up to their own position in it."""
+
+    queries: Span
+    full: tuple[Span, ...] = ()
+    causal: Span | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Score pairs that this segment computes, per head."""
+        rows = self.queries.rows
+        return rows * sum(span.rows for span in self.full) + (rows * (rows + 1) // 2 if self.causal else 0)
+
+
+PlacedBlock = tuple[Block, int]  # a block and the row at which it starts in a buffer
+
+
+def place(blocks: Iterable[Block], start: int = 0) -> list[PlacedBlock]:
+    """Lay blocks one after the other from row `start` on."""
+    placed = []
+    for block in blocks:
+        placed.append((block, start))
+        start += block.rows
+    return placed
+
+
+def causal_segments(queries: Sequence[PlacedBlock], keys: Sequence[PlacedBlock]) -> tuple[Segment, ...]:
+    """The causal attention of the query blocks to the key blocks, in as few and as long ranges as the two row orders allow.
+
+    Blocks must be equal, or not overlap. A query block with no visible key gets no segment.
+    """
+    segments: list[Segment] = []
+    for query, row in queries:
+        full, causal = [], None
+        for key, key_row in keys:
+            if key.sequence != query.sequence or key.start >= query.stop:
+                continue
+            if key == query:
+                causal = Span(key_row, key_row + key.rows)
+            elif key.stop <= query.start:
+                full.append(Span(key_row, key_row + key.rows))
+            else:
+                raise ValueError(f"key block {key} overlaps query block {query}")
+        if full or causal:
+            _append(segments, Segment(Span(row, row + query.rows), _joined(full), causal))
+    return tuple(segments)
+
+
+def without_own(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """The segments less their causal squares: what a rank computes with rows that other ranks sent."""
+    return tuple(Segment(s.queries, s.full) for s in segments if s.full)
+
+
+def only_own(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """The causal squares alone: what a rank can compute before anything has arrived."""
+    return tuple(Segment(s.queries, (), s.causal) for s in segments if s.causal)
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """Sorted, with adjacent spans made one."""
+    joined: list[Span] = []
+    for span in sorted(spans):
+        if joined and joined[-1].stop == span.start:
+            joined[-1] = Span(joined[-1].start, span.stop)
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
+def _append(segments: list[Segment], new: Segment) -> None:
+    """Append a segment, as a continuation of the last one where both together are one longer segment."""
+    last = segments[-1] if segments else None
+    if last and last.queries.stop == new.queries.start:
+        queries = Span(last.queries.start, new.queries.stop)
+        if last.causal is None and new.causal is None and last.full == new.full:
+            segments[-1] = Segment(queries, last.full)
+            return
+        if last.causal and new.causal and last.causal.stop == new.causal.start and new.full == _joined([*last.full, last.causal]):
+            segments[-1] = Segment(queries, last.full, Span(last.causal.start, new.causal.stop))
+            return
+    segments.append(new)
