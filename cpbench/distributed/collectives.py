@@ -1,0 +1,257 @@
+"""Collectives over one axis of a layout, behind one interface with two backends; the only module that calls torch.distributed.
+
+`Group` checks, records and shortcuts; a backend moves the bytes. The *process group* backend is gloo or NCCL. The *local* backend runs
+every rank of a layout as a thread of one process, in lockstep, so that thousands of plans can be verified without starting processes.
+Every call is recorded (axis, operation, wire bytes received). What is sent, and when, is decided by strategies and the communicator.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpbench.distributed.traffic import Traffic
+
+
+@dataclass
+class Recorder:
+    """What one rank received: counted by every `Group` that shares the recorder."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def reset(self) -> Traffic:
+        """Return what was counted since the last reset, and start again from nothing."""
+        counted, self.traffic = self.traffic, Traffic()
+        return counted
+
+
+class Handle:
+    """A collective in flight. `wait()` returns when its output may be read and its input reused."""
+
+    def __init__(self, wait: Callable[[], object] | None = None) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
+
+
+class Group(ABC):
+    """The ranks of one axis, as seen by one of them. `rank` is the position within the group."""
+
+    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder) -> None:
+        self.axis = axis
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.rank = rank
+        self.recorder = recorder
+
+    def all_gather(self, output: Tensor, block: Tensor) -> Handle:
+        """Gather equal blocks: `output` [size * n, ...] in rank order from `block` [n, ...]; both contiguous."""
+        if self.size == 1:
+            output.copy_(block)
+            return Handle()
+        self._record("all_gather", _bytes(block) * (self.size - 1))
+        return self._all_gather(output, block)
+
+    def all_to_all(self, output: Tensor, block: Tensor, output_rows: Sequence[int], block_rows: Sequence[int]) -> Handle:
+        """Send `block_rows[r]` leading rows to each rank r in turn; receive `output_rows[r]` from it. Both tensors contiguous."""
+        if self.size == 1:
+            output.copy_(block)
+            return Handle()
+        row = _bytes(output[:1]) if output.shape[0] else 0
+        self._record("all_to_all", row * (sum(output_rows) - output_rows[self.rank]))
+        return self._all_to_all(output, block, list(output_rows), list(block_rows))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum in place. A ring all-reduce receives 2 (size - 1) / size of the tensor; that is what is recorded."""
+        if self.size == 1:
+            return
+        self._record("all_reduce", 2 * _bytes(tensor) * (self.size - 1) // self.size)
+        self._all_reduce(tensor)
+
+    def shift(self, send: Tensor, receive: Tensor) -> Handle:
+        """Send to the next rank and receive from the previous one, around the ring."""
+        if self.size == 1:
+            receive.copy_(send)
+            return Handle()
+        self._record("send_recv", _bytes(receive))
+        return self._shift(send, receive)
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has called. Not recorded: it moves no payload."""
+
+    @abstractmethod
+    def share(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers (equally many on each), in rank order. Control plane: not recorded."""
+
+    @abstractmethod
+    def _all_gather(self, output: Tensor, block: Tensor) -> Handle: ...
+
+    @abstractmethod
+    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle: ...
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor) -> None: ...
+
+    @abstractmethod
+    def _shift(self, send: Tensor, receive: Tensor) -> Handle: ...
+
+    def _record(self, operation: str, received: int) -> None:
+        self.recorder.traffic.add(self.axis, operation, received)
+
+
+class ProcessGroup(Group):
+    """gloo or NCCL."""
+
+    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, group: dist.ProcessGroup | None) -> None:
+        super().__init__(axis, ranks, rank, recorder)
+        self._group = group
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(self._group)
+
+    def share(self, values: Sequence[float]) -> list[list[float]]:
+        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        mine = torch.tensor(list(values), dtype=torch.float64, device=device)
+        everyone = mine.new_empty(self.size, len(values))
+        (self._all_gather(everyone, mine) if self.size > 1 else Handle(lambda: everyone.copy_(mine))).wait()
+        shared: list[list[float]] = everyone.tolist()
+        return shared
+
+    def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
+        with warnings.catch_warnings():  # torch 2.13 renames this call; 2.11 has only the old name
+            warnings.simplefilter("ignore", FutureWarning)
+            work = dist.all_gather_into_tensor(output, block, group=self._group, async_op=True)
+        return Handle(work.wait)
+
+    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            work = dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True)
+        return Handle(work.wait)
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
+
+    def _shift(self, send: Tensor, receive: Tensor) -> Handle:
+        to, source = self.ranks[(self.rank + 1) % self.size], self.ranks[(self.rank - 1) % self.size]
+        operations = [dist.P2POp(dist.isend, send, to, self._group), dist.P2POp(dist.irecv, receive, source, self._group)]
+        works = dist.batch_isend_irecv(operations)
+        return Handle(lambda: [work.wait() for work in works])
+
+
+class LocalWorld:
+    """The ranks of a layout as threads of this process. `run(program)` calls program(rank) on each and returns the results."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._meetings: dict[tuple[str, tuple[int, ...]], _Meeting] = {}
+        self._lock = threading.Lock()
+
+    def group(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder) -> LocalGroup:
+        """This rank's view of a group; ranks of equal (axis, ranks) meet each other."""
+        with self._lock:
+            meeting = self._meetings.setdefault((axis, tuple(ranks)), _Meeting(len(ranks)))
+        return LocalGroup(axis, ranks, rank, recorder, meeting)
+
+    def run(self, program: Callable[[int], Any]) -> list[Any]:
+        """Run to the end on every rank. An exception on one rank releases the others and is raised here."""
+        results: list[Any] = [None] * self.size
+        failures: list[BaseException] = []
+
+        def thread(rank: int) -> None:
+            try:
+                with torch.inference_mode():
+                    results[rank] = program(rank)
+            except BaseException as error:
+                if not isinstance(error, threading.BrokenBarrierError):
+                    failures.append(error)
+                for meeting in list(self._meetings.values()):
+                    meeting.barrier.abort()
+
+        threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(self.size)]
+        for started in threads:
+            started.start()
+        for started in threads:
+            started.join()
+        if failures:
+            raise failures[0]
+        return results
+
+
+class _Meeting:
+    """Where the threads of one group exchange references: a board with one place per rank, and a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.board: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+
+class LocalGroup(Group):
+    """The local backend: every rank sees the others' tensors, and copies what it would have received."""
+
+    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, meeting: _Meeting) -> None:
+        super().__init__(axis, ranks, rank, recorder)
+        self._meeting = meeting
+
+    def _meet(self, mine: Any, read: Callable[[list[Any]], Any]) -> Any:
+        """Show `mine`, read everybody's, and leave together, so that nobody's tensors change while they are read."""
+        self._meeting.board[self.rank] = mine
+        self._meeting.barrier.wait()
+        result = read(self._meeting.board)
+        self._meeting.barrier.wait()
+        return result
+
+    def barrier(self) -> None:
+        self._meeting.barrier.wait()
+
+    def share(self, values: Sequence[float]) -> list[list[float]]:
+        shared: list[list[float]] = self._meet([float(value) for value in values], list)
+        return shared
+
+    def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
+        return Handle(lambda: self._meet(block, lambda blocks: torch.cat(blocks, out=output)))
+
+    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
+        pieces = torch.split(block, block_rows)
+        return Handle(lambda: self._meet(pieces, lambda board: torch.cat([theirs[self.rank] for theirs in board], out=output)))
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        total = self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0, dtype=tensor.dtype))
+        tensor.copy_(total)
+
+    def _shift(self, send: Tensor, receive: Tensor) -> Handle:
+        return Handle(lambda: self._meet(send, lambda board: receive.copy_(board[(self.rank - 1) % self.size])))
+
+
+def start_process_groups(device: torch.device) -> None:
+    """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+
+
+def new_process_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """A process group of these global ranks; every rank of the world must call, in the same order."""
+    group: dist.ProcessGroup | None = dist.new_group(list(ranks))
+    return group
+
+
+def stop_process_groups() -> None:
+    """Leave the process group; after a failure this is not called, because peers may never answer."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,29 @@
+"""PyTorch's flash attention for CPU, which also returns the log-sum-exp.
+
+It takes strided inputs and fewer kv heads than query heads, so nothing is copied or repeated. Its causal mask is aligned to the top
+left, which for the square calls that a plan contains is the only alignment there is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpbench.kernels.base import Kernel
+
+
+class CpuFlash(Kernel):
+    name = "cpu_flash"
+    summary = "PyTorch's CPU flash attention (fp32, bf16, fp16, fp64)"
+
+    def available(self, device: str, dtype: str, dim_qk: int, dim_v: int) -> str | None:
+        if device != "cpu":
+            return f"runs on cpu, not on {device}"
+        if dim_qk != dim_v:
+            return f"needs equal head sizes for q, k and v, not {dim_qk} and {dim_v}"
+        return None
+
+    def block(self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THD, k_SGD, v_SGE))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out.squeeze(0).transpose(0, 1), lse.squeeze(0)

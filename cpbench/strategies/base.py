@@ -1,0 +1,91 @@
+"""What a strategy is: one algorithm for attention across context-parallel ranks.
+
+A strategy moves *rows*, an opaque payload of values per token, and asks `open_rows` to turn what arrived into K and V; so it never
+knows the model. It decides once, from lengths that all ranks know, what each rank computes (`plan`), and then only executes that
+(`attend`). Its formulas for traffic, work and memory stand next to the algorithm, and tests hold them against what is counted.
+
+    n local rows   W values per row   T query rows   H query heads   G kv heads   D head size of q and k   E head size of v
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cpbench.cell import Cell
+from cpbench.distributed.traffic import Traffic
+from cpbench.partition import too_short
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cpbench.buffers import Buffers, KVCache
+    from cpbench.distributed.collectives import Group
+    from cpbench.kernels.base import Kernel
+
+    OpenRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a strategy works with on one rank: the group, the kernel, reused memory, and the kept K/V."""
+
+    group: Group
+    kernel: Kernel
+    buffers: Buffers
+    cache: KVCache
+    scale: float
+
+    def rows(self, strategy: Strategy, layer: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
+        if strategy.keeps_local_rows:
+            return self.cache.get(layer, shape, dtype, device)
+        return self.buffers.get("rows", shape, dtype, device)
+
+
+class Strategy(ABC):
+    """One algorithm. Instances hold no state."""
+
+    name: str
+    summary: str
+    partitions: tuple[str, ...]  # the first is the default
+    keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
+
+    def check(self, cell: Cell) -> str | None:
+        """Why this cell cannot run, with the nearest valid value; None if it can."""
+        if cell.partition not in self.partitions:
+            return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
+        return too_short(cell.lengths, cell.layout.cp)
+
+    @abstractmethod
+    def plan(self, cell: Cell, rank: int) -> Any:
+        """What context-parallel rank `rank` computes and moves: frozen data, made once per cell."""
+
+    @abstractmethod
+    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: Any, context: Context, layer: int) -> Tensor:
+        """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""
+
+    @abstractmethod
+    def traffic(self, cell: Cell, rank: int) -> Traffic:
+        """What rank `rank` receives in one layer."""
+
+    def score_pairs(self, cell: Cell, rank: int) -> int:
+        """Score pairs of one layer on this rank, summed over its query heads."""
+        return cell.split.causal_pairs(rank) * cell.heads
+
+    @abstractmethod
+    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
+        """Bytes this strategy adds on a rank: `cache` per layer, `buffers` for good, `transient` during `attend` beside q and rows."""
+
+
+def row_values(cell: Cell) -> int:
+    """Values per token that travel: K and V of one tensor-parallel rank."""
+    return 2 * cell.kv_heads * cell.config.head_dim
+
+
+def nearest_divisor(size: int, of: int) -> int:
+    """The divisor of `of` nearest to `size` (the smaller one where two are as near)."""
+    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: (abs(n - size), n))

@@ -1,0 +1,42 @@
+"""No context parallelism: one rank (per tensor-parallel group) holds every token. The baseline of every sweep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cpbench.cell import Cell
+from cpbench.distributed.traffic import Traffic
+from cpbench.segments import Segment, causal_segments, place
+from cpbench.strategies.base import Context, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cpbench.strategies.base import OpenRows
+
+
+class NoParallelism(Strategy):
+    name = "none"
+    summary = "one rank holds every token: the baseline"
+    partitions = ("contiguous",)
+    keeps_local_rows = True
+
+    def check(self, cell: Cell) -> str | None:
+        return f"none is for cp1, not {cell.layout}; use allgather, ring or ulysses" if cell.layout.cp > 1 else super().check(cell)
+
+    def plan(self, cell: Cell, rank: int) -> tuple[Segment, ...]:
+        own = place(cell.split.ranks[rank])
+        return causal_segments(own, own)
+
+    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: tuple[Segment, ...], context: Context, layer: int) -> Tensor:
+        from cpbench.kernels.accumulate import Accumulator
+
+        result = Accumulator(q_THD.shape[0], context.buffers)
+        context.kernel.attend(q_THD, *open_rows(rows_nW), plan, context.scale, result)
+        return result.result()
+
+    def traffic(self, cell: Cell, rank: int) -> Traffic:
+        return Traffic()
+
+    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
+        return {}
