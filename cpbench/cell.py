@@ -7,6 +7,7 @@ with the same id do the same work. Whether a cell can run is decided in plan.py,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from cpbench.layout import Layout
@@ -49,7 +50,7 @@ class Cell:
     def element_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def split(self) -> Split:
         """The blocks of every context-parallel rank. Raises CpbenchError where the batch cannot be split."""
         return split(self.partition, self.lengths, self.layout.cp)

@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpbench.errors import UNREADABLE, CpbenchError
 
-SCHEMA = "cpbench.result"
+SCHEMA: Final = "cpbench.result"
 SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 

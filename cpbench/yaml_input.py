@@ -1,0 +1,79 @@
+"""YAML from people: safe, small, without aliases and without duplicate keys. What the values mean is scenario.py's part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cpbench.errors import CpbenchError
+
+MAX_BYTES = 256 << 10
+MAX_DEPTH = 8
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses what a scenario never needs and an attacker or a slip produces."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases are not allowed")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"nested more than {MAX_DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} is given twice (line {node.start_mark.line + 1} on)")
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises CpbenchError for a file that cannot be read or is something else."""
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 10} KiB.", "A scenario is a few lines of YAML: is this the right file?")
+        data = _parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give a scenario file such as scenarios/smoke.yaml.") from error
+    except UnicodeDecodeError as error:
+        raise CpbenchError(f"{file} is not text.", "Give a scenario file such as scenarios/smoke.yaml.") from error
+    except yaml.YAMLError as error:
+        raise CpbenchError(f"{file} is not YAML: {_one_line(error)}.", "Compare it with scenarios/smoke.yaml.") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise CpbenchError(f"{file} does not hold fields and values.", "Write lines such as `seq: [36k]`; compare with scenarios/smoke.yaml.")
+    return data
+
+
+def parse_value(text: str, field: str) -> Any:
+    """One YAML value: `1%`, `[2, 4]`, `false`, `null`. Raises CpbenchError."""
+    try:
+        return _parse(text) if text.strip() else ""
+    except yaml.YAMLError as error:
+        raise CpbenchError(f"{field}: {text[:40]!r} is not a value.", "Write a number, a word, or a list such as [2, 4].") from error
+
+
+def _parse(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    except (RecursionError, ValueError) as error:  # dates such as 2024-99-99
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1})" if mark else str(problem)
