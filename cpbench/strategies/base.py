@@ -39,12 +39,6 @@ class Context:
     cache: KVCache
     scale: float
 
-    def rows(self, strategy: Strategy, layer: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
-        if strategy.keeps_local_rows:
-            return self.cache.get(layer, shape, dtype, device)
-        return self.buffers.get("rows", shape, dtype, device)
-
 
 class Strategy(ABC):
     """One algorithm. Instances hold no state."""
@@ -79,6 +73,25 @@ class Strategy(ABC):
     @abstractmethod
     def memory(self, cell: Cell, rank: int) -> dict[str, int]:
         """Bytes this strategy adds on a rank: `cache` per layer, `buffers` for good, `transient` during `attend` beside q and rows."""
+
+
+@dataclass(frozen=True)
+class ParallelAttention:
+    """A strategy with its plan and context: all that a model sees of context parallelism."""
+
+    strategy: Strategy
+    plan: Any
+    context: Context
+
+    def rows(self, layer: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
+        if self.strategy.keeps_local_rows:
+            return self.context.cache.get(layer, shape, dtype, device)
+        return self.context.buffers.get("rows", shape, dtype, device)
+
+    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, layer: int) -> Tensor:
+        """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""
+        return self.strategy.attend(q_THD, rows_nW, open_rows, self.plan, self.context, layer)
 
 
 def row_values(cell: Cell) -> int:

@@ -1,0 +1,81 @@
+"""Grouped-query attention of Llama, Qwen2 and Qwen3 around a parallel attention: projections, qk-norm, RoPE, and the payload it moves.
+
+Under tensor parallelism a rank has a slice of the query heads and the kv heads that those need (one at least, then replicated). The
+output is a partial sum, which the communicator completes. How K and V reach other ranks is the strategy's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from cpbench.models.config import ModelConfig
+from cpbench.models.norm import rms_norm
+from cpbench.models.rope import rotate
+from cpbench.models.weights import RandomWeights
+from cpbench.strategies.base import ParallelAttention
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """The query and kv heads of one tensor-parallel rank."""
+
+    q: range
+    kv: range
+
+    @classmethod
+    def of(cls, config: ModelConfig, rank: int, size: int) -> HeadSlice:
+        heads, kv_heads = config.heads // size, max(1, config.kv_heads // size)
+        first_kv = rank * config.kv_heads // size
+        return cls(range(rank * heads, (rank + 1) * heads), range(first_kv, first_kv + kv_heads))
+
+
+def _rows(heads: range, dim: int) -> range:
+    return range(heads.start * dim, heads.stop * dim)
+
+
+class GroupedQueryAttention:
+    """Weights of one layer's attention on one tensor-parallel rank, and the computation around the parallel attention."""
+
+    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, rank: int, size: int) -> None:
+        self.config = config
+        heads = HeadSlice.of(config, rank, size)
+        dim, hidden = config.head_dim, config.hidden
+        self.heads, self.kv_heads = len(heads.q), len(heads.kv)
+        parts = [("q_proj", config.heads, heads.q), ("k_proj", config.kv_heads, heads.kv), ("v_proj", config.kv_heads, heads.kv)]
+        self.qkv_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", (n * dim, hidden), _rows(part, dim)) for name, n, part in parts])
+        self.qkv_bias = None
+        if config.qkv_bias:
+            self.qkv_bias = torch.cat([weights.bias(f"{prefix}.{name}.bias", n * dim, _rows(part, dim)) for name, n, part in parts])
+        self.o_weight = weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim))
+        self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
+        self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
+
+    def open_rows(self, rows_SW: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [S, G, D] as views of the rows that travelled."""
+        k, v = rows_SW.split(self.kv_heads * self.config.head_dim, 1)
+        return k.unflatten(1, (self.kv_heads, -1)), v.unflatten(1, (self.kv_heads, -1))
+
+    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
+        """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
+        q_nHD, rows_nW = self._project(x_nM, cos, sin, attention, layer)
+        del x_nM
+        out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
+        del q_nHD
+        return F.linear(out_nHD.flatten(1), self.o_weight)
+
+    def _project(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
+        """Rotated queries [n, H, D], and rotated K next to V in the rows that travel [n, 2 * G * D]."""
+        dim, n = self.config.head_dim, x_nM.shape[0]
+        qkv = F.linear(x_nM, self.qkv_weight, self.qkv_bias)
+        q, k, v = qkv.unflatten(1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv.dtype, qkv.device)
+        k_out, v_out = self.open_rows(rows_nW)
+        v_out.copy_(v)
+        rotate(k if self.k_norm is None else rms_norm(k, self.k_norm, self.config.norm_eps), cos, sin, k_out)
+        q_nHD = qkv.new_empty(n, self.heads, dim)
+        rotate(q if self.q_norm is None else rms_norm(q, self.q_norm, self.config.norm_eps), cos, sin, q_nHD)
+        return q_nHD, rows_nW

@@ -1,0 +1,73 @@
+"""Where the values of a model come from: random numbers that are a function of (seed, parameter name, global index).
+
+A rank makes its own shard without its neighbours', and every layout has the same model, so answers can be compared over layouts.
+Linear weights are uniform with standard deviation fan_in^-0.5, so that activations keep their size; norm weights lie around 1.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROW_CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Shards of named parameters on a device, in a dtype."""
+
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+    rounded_to: torch.dtype | None = None  # the dtype whose values are used, where `dtype` is wider: the reference of a bf16 model
+
+    def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
+        out_features, in_features = shape
+        rows, columns = rows or range(out_features), columns or range(in_features)
+        return self.values(name, torch.arange(rows.start, rows.stop), torch.arange(columns.start, columns.stop), in_features**-0.5)
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """A norm weight [size], around 1."""
+        return self.values(name, torch.zeros(1, dtype=torch.int64), torch.arange(size), 0.1, 1.0).view(size)
+
+    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
+        """The given entries of a bias [size]."""
+        rows = rows or range(size)
+        return self.values(name, torch.zeros(1, dtype=torch.int64), torch.arange(rows.start, rows.stop), 0.1).view(-1)
+
+    def values(self, name: str, rows: Tensor, columns: Tensor, std: float, mean: float = 0.0) -> Tensor:
+        """Uniform values [rows, columns] at any global indices, computed alike on every device."""
+        row_hash = _hash_index(rows.to(self.device), f"{self.seed}/{name}/row")
+        column_hash = _hash_index(columns.to(self.device), f"{self.seed}/{name}/column")
+        out = torch.empty(len(rows), len(columns), dtype=self.dtype, device=self.device)
+        step = max(1, ROW_CHUNK_ELEMENTS // max(1, len(columns)))
+        for start in range(0, len(rows), step):
+            bits = _mix(row_hash[start : start + step, None] ^ column_hash)
+            value = bits.to(torch.float32).mul_(std * 3**0.5 / 2**31).add_(mean)
+            out[start : start + step] = value.to(self.rounded_to or self.dtype)
+        return out
+
+
+def token_ids(seed: int, lengths: Sequence[int], vocab: int) -> Tensor:
+    """Random token ids of the packed batch [N], the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (sum(lengths),), generator=generator)
+
+
+def _hash_index(index: Tensor, name: str) -> Tensor:
+    salt = zlib.crc32(name.encode()) - 2**31
+    return _mix(_mix(index.to(torch.int32) * 0x61C88647 + salt))
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 in wrapping 32-bit arithmetic. The masks make the shifts logical: int32 shifts copy the sign."""
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    bits.mul_(0x85EBCA6B - 2**32)
+    bits.bitwise_xor_((bits >> 13).bitwise_and_(0x7FFFF))
+    bits.mul_(0xC2B2AE35 - 2**32)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

@@ -1,0 +1,112 @@
+"""What one rank runs for one cell: its inputs, its shard of the model, its plan, and one pass.
+
+The same program runs on CPU and CUDA, under process groups and on the local backend, for the small check and at full size. How often
+it runs, and what is measured around it, is decided in worker.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpbench.buffers import Buffers, KVCache
+from cpbench.cell import Cell
+from cpbench.communicator import Communicator
+from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.mesh import Groups, local_groups
+from cpbench.kernels.base import Kernel
+from cpbench.models.attention import HeadSlice
+from cpbench.models.decoder import Decoder, FirstTokens, Shard
+from cpbench.models.weights import RandomWeights, token_ids
+from cpbench.strategies import STRATEGIES
+from cpbench.strategies.base import Context, ParallelAttention, row_values
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a pass leaves: hidden states or attention output [n, ...] of this rank's tokens, and the first tokens of a prefill."""
+
+    rows: Tensor
+    first: FirstTokens | None = None
+
+
+class Program:
+    """One rank's part of a cell. `run()` is one pass; `prepare()` puts back what a pass changes and is not part of it."""
+
+    def __init__(self, cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None) -> None:
+        self.cell, self.groups, self.device = cell, groups, device
+        self.dtype: torch.dtype = getattr(torch, cell.dtype)
+        self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
+        split, cp_rank = cell.split, groups.cp.rank
+        self.tokens = _index(split.tokens(cp_rank), device)
+        self.last_rows = split.last_rows(cp_rank)
+        self.buffers, self.cache = Buffers(), KVCache(cell.kv_cache == "keep")
+        self.context = Context(groups.cp, kernel, self.buffers, self.cache, cell.config.head_dim**-0.5)
+        strategy = STRATEGIES[cell.strategy]
+        self.attention = ParallelAttention(strategy, strategy.plan(cell, cp_rank), self.context)
+        self.communicator = Communicator(groups)
+        self.run, self.prepare = self._build(_index(split.positions(cp_rank), device))
+
+    def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], None]]:
+        cell = self.cell
+        if cell.target == "attention":
+            return self._attention(), lambda: None
+        ends = cell.target == "prefill"
+        self.decoder = Decoder(cell.config, self.weights, cell.layers, Shard(self.groups.tp.rank, self.groups.tp.size), ends)
+        if ends:
+            ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
+            return lambda: self._prefill(ids, positions), lambda: None
+        start = self.weights.values("input", self.tokens, torch.arange(cell.config.hidden), 1.0)
+        hidden = start.clone()
+        run = self.decoder.run_layers
+        return lambda: Output(run(hidden, positions, self.attention, self.communicator)), lambda: hidden.copy_(start) and None
+
+    def _attention(self) -> Callable[[], Output]:
+        """Random q, K and V as a function of the global token and head, so that every layout has the same."""
+        cell, dim = self.cell, self.cell.config.head_dim
+        heads = HeadSlice.of(cell.config, self.groups.tp.rank, self.groups.tp.size)
+        q, k, v = (
+            self.weights.values(name, self.tokens, torch.arange(part.start * dim, part.stop * dim), 1.0)
+            for name, part in (("q", heads.q), ("k", heads.kv), ("v", heads.kv))
+        )
+        rows = self.attention.rows(0, (len(self.tokens), row_values(cell)), self.dtype, self.device)
+        rows.copy_(torch.cat([k, v], 1))
+        self.inputs = [q]
+        q_THD = q.unflatten(1, (len(heads.q), dim))
+
+        def open_rows(rows_SW: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = rows_SW.chunk(2, 1)
+            return k.unflatten(1, (-1, dim)), v.unflatten(1, (-1, dim))
+
+        return lambda: Output(self.attention.attend(q_THD, rows, open_rows, 0))
+
+    def _prefill(self, ids: Tensor, positions: Tensor) -> Output:
+        x_nM = self.decoder.embed(ids, self.communicator)
+        x_nM = self.decoder.run_layers(x_nM, positions, self.attention, self.communicator)
+        return Output(x_nM, self.decoder.first_tokens(x_nM, self.last_rows, len(self.cell.lengths), self.communicator))
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """(category, tensor) of everything that is held between passes."""
+        held = [*self.buffers.tensors(), *self.cache.tensors()]
+        held += [("weights", tensor) for tensor in (self.decoder.parameters() if hasattr(self, "decoder") else [])]
+        return held + [("activations", tensor) for tensor in getattr(self, "inputs", [])]
+
+
+def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None) -> list[tuple[Tensor, Output]]:
+    """Every rank's (token indices, output), all ranks as threads of this process."""
+    world = LocalWorld(cell.world_size)
+
+    def rank_program(rank: int) -> Any:
+        program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to)
+        return program.tokens, program.run()
+
+    return world.run(rank_program)
+
+
+def _index(ranges: list[range], device: torch.device) -> Tensor:
+    parts = [torch.arange(r.start, r.stop, device=device) for r in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
