@@ -1,0 +1,132 @@
+"""Writing a result so that nothing measured is lost: an append-only journal while the sweep runs, one JSON file when it ends.
+
+The journal lies beside the result (`x.json` -> `x.jsonl`), one JSON object per line, on disk before the next cell starts; results.py
+reads both. A finished file is never overwritten unless it is the one being resumed. What is written is decided in driver.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from cpbench.errors import SOME_FAILED, CpbenchError
+from cpbench.results import SCHEMA, SCHEMA_VERSION, CellResult, ResultFile, Run
+
+
+class Journal:
+    """The open journal of one sweep. Opening it is the proof that the output folder can be written."""
+
+    def __init__(self, output: Path, run: Run, environment: dict[str, Any], cells: Iterable[CellResult] = (), *, resume: bool = False) -> None:
+        """Start a journal that already holds `cells`. Raises CpbenchError (exit code 2) where nothing can or may be written."""
+        if output.suffix != ".json":
+            raise CpbenchError(f"{output} does not end in .json.", f"Use -o {output.with_suffix('.json')}.")
+        self.output = output
+        self.path = output.with_suffix(".jsonl")
+        header = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "run": run.model_dump(mode="json"), "environment": environment}
+        entries = [{"type": "header", "result": header}, *({"type": "cell", "cell": cell.model_dump(mode="json")} for cell in cells)]
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self._refuse_existing(resume)
+            self._file = self._open("".join(_line(entry) for entry in entries))
+        except OSError as error:
+            raise CpbenchError(f"{output} cannot be written: {error.strerror}.", "Choose another file with -o, in a folder that you can write.") from error
+
+    def add_environment(self, environment: dict[str, Any]) -> None:
+        """Record what the running ranks reported."""
+        self._append({"type": "environment", "environment": environment})
+
+    def add_cell(self, cell: CellResult) -> None:
+        """Record a cell, all its rounds together; it replaces what was recorded of it before."""
+        self._append({"type": "cell", "cell": cell.model_dump(mode="json")})
+
+    def finish(self, result: ResultFile) -> None:
+        """Write the JSON file in one step and remove the journal. Raises CpbenchError; then the journal stays."""
+        text = result.model_dump_json(by_alias=True, indent=1) + "\n"
+        try:
+            _replace(self.output, text).close()
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._lost(error) from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the file; what was added stays on disk."""
+        self._file.close()
+
+    def _refuse_existing(self, resume: bool) -> None:
+        if not resume and (self.output.exists() or self.path.exists()):
+            file = self.output if self.output.exists() else self.path
+            raise CpbenchError(f"{file} exists.", f"Continue it with cpbench sweep --resume -o {self.output}, or choose another file.")
+        if self.path.exists():
+            with self.path.open("rb") as old:
+                _lock(old, self.path)
+
+    def _open(self, text: str) -> IO[str]:
+        """Start the journal anew (a last line that was cut short must not be continued) and hold a lock on it."""
+        file = _replace(self.path, text)
+        _lock(file, self.path)
+        return file
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        good = self._file.tell()
+        try:
+            self._file.write(_line(entry))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._cut(good)
+            raise self._lost(error) from error
+
+    def _cut(self, size: int) -> None:
+        """Remove a line that was written in part."""
+        try:
+            os.ftruncate(self._file.fileno(), size)
+        except OSError:
+            pass  # readers ignore a last line that was cut short
+
+    def _lost(self, error: OSError) -> CpbenchError:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
+        hint = f"What was finished is in {self.path}; then: cpbench sweep --resume -o {self.output}."
+        return CpbenchError(f"The result cannot be written: {why}.", hint, SOME_FAILED)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _replace(path: Path, text: str) -> IO[str]:
+    """Put `text` at `path` in one step, on disk when this returns; the file stays open for appending."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        file = temporary.open("w", encoding="utf-8")
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            _close_quietly(file)
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file
+
+
+def _close_quietly(file: IO[str]) -> None:
+    try:
+        file.close()
+    except OSError:
+        pass
+
+
+def _lock(file: IO[Any], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CpbenchError(f"{path} is being written by another cpbench.", "Wait until it has ended, or choose another file with -o.") from error

@@ -1,0 +1,136 @@
+"""Starting the ranks of one world size, and ending all of them: the torchrun command line behind a small interface.
+
+Nothing here knows what the ranks do. `Launcher` is a protocol, so that the driver is tested without processes and a test can start
+another worker module.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import cpbench
+
+PR_SET_PDEATHSIG = 1
+KILL_SECONDS = 10.0
+
+
+class Handle(Protocol):
+    """The processes of one world size."""
+
+    def poll(self) -> int | None:
+        """None while it runs, then the exit code."""
+
+    def kill(self) -> None:
+        """End every process of it now, and return when they are gone. Harmless where they have ended."""
+
+    def output(self) -> str:
+        """What the launcher itself printed (the ranks print to files in the log folder)."""
+
+
+class Launcher(Protocol):
+    """Starts ranks. Logs of a rank go to `log_dir/**/<rank>/stderr.log`."""
+
+    def start(self, job: Path, world_size: int, threads: int, log_dir: Path) -> Handle: ...
+
+
+class Torchrun:
+    """`python -m torch.distributed.run --standalone`, one process per rank on this machine."""
+
+    def __init__(self, module: str = "cpbench.worker", environment: Mapping[str, str] | None = None) -> None:
+        self.module = module
+        self.environment = dict(environment or {})
+
+    def command(self, job: Path, world_size: int, log_dir: Path) -> list[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "--max-restarts", "0"]
+        return [*launcher, "--redirects", "3", "--log-dir", str(log_dir), "-m", self.module, str(job)]
+
+    def start(self, job: Path, world_size: int, threads: int, log_dir: Path) -> Handle:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        output = log_dir / "launcher.log"
+        with output.open("wb") as stream:
+            process = subprocess.Popen(
+                self.command(job, world_size, log_dir),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=rank_environment(os.environ, threads) | self.environment,
+                start_new_session=True,  # Ctrl-C reaches the driver only, which then ends the ranks
+                preexec_fn=_end_with_parent(),
+            )
+        return ProcessTree(process, output)
+
+
+class ProcessTree:
+    """A started launcher and everything below it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self._process = process
+        self._output = output
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def output(self) -> str:
+        return self._output.read_text(encoding="utf-8", errors="replace") if self._output.exists() else ""
+
+    def kill(self) -> None:
+        """torchrun gives every rank its own session, so killing a process group is not enough: the tree is stopped, listed, and killed."""
+        import psutil
+
+        if self._process.poll() is not None:
+            return  # torchrun ends after its ranks; if it was killed itself, they notice that their parent is gone
+        try:
+            root = psutil.Process(self._process.pid)
+            root.suspend()  # so that it starts nothing while it is being listed
+            family = [*root.children(recursive=True), root]
+        except psutil.NoSuchProcess:
+            family = []
+        for process in family:
+            _quietly(process.kill)
+        self._process.wait(timeout=KILL_SECONDS)
+        psutil.wait_procs(family, timeout=KILL_SECONDS)
+
+
+def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The environment of the ranks: the parent's, with their number of threads, and gloo on the loopback interface unless it is set."""
+    environment = {
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        **parent,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONUNBUFFERED": "1",
+    }
+    package = Path(cpbench.__file__).resolve().parent.parent
+    if package.name not in ("site-packages", "dist-packages"):  # run from a checkout: the ranks must find the same one
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), parent.get("PYTHONPATH")]))
+    return environment
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """On Linux: let the kernel end the launcher (and it its ranks) if the driver is killed without a chance to do so."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+    parent = os.getpid()
+
+    def preexec() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return preexec
+
+
+def _quietly(kill: Callable[[], None]) -> None:
+    import psutil
+
+    try:
+        kill()
+    except psutil.NoSuchProcess:
+        pass
