@@ -149,7 +149,7 @@ class _Lines:
         self._offset += len(complete)
         for line in complete.splitlines():
             try:
-                event = json.loads(line)
+                event = json.loads(line, parse_constant=lambda _: None)  # NaN is no number
             except ValueError as error:
                 raise GroupFailed("crash", f"rank 0 wrote an event that is not JSON: {line[:80]!r}") from error
             if isinstance(event, dict):

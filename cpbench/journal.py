@@ -6,13 +6,14 @@ reads both. A finished file is never overwritten unless it is the one being resu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from cpbench.errors import SOME_FAILED, CpbenchError
 from cpbench.results import SCHEMA, SCHEMA_VERSION, CellResult, ResultFile, Run
@@ -67,7 +68,7 @@ class Journal:
             with self.path.open("rb") as old:
                 _lock(old, self.path)
 
-    def _open(self, text: str) -> IO[str]:
+    def _open(self, text: str) -> BinaryIO:
         """Start the journal anew (a last line that was cut short must not be continued) and hold a lock on it."""
         file = _replace(self.path, text)
         _lock(file, self.path)
@@ -76,19 +77,11 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         good = self._file.tell()
         try:
-            self._file.write(_line(entry))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            _write(self._file, _line(entry))
         except OSError as error:
-            self._cut(good)
+            with contextlib.suppress(OSError):  # readers ignore a last line that was cut short
+                self._file.truncate(good)
             raise self._lost(error) from error
-
-    def _cut(self, size: int) -> None:
-        """Remove a line that was written in part."""
-        try:
-            os.ftruncate(self._file.fileno(), size)
-        except OSError:
-            pass  # readers ignore a last line that was cut short
 
     def _lost(self, error: OSError) -> CpbenchError:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror)
@@ -100,32 +93,29 @@ def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def _replace(path: Path, text: str) -> IO[str]:
-    """Put `text` at `path` in one step, on disk when this returns; the file stays open for appending."""
+def _write(file: BinaryIO, text: str) -> None:
+    """All of it, on disk when this returns. The file has no buffer of its own that could fail later."""
+    data = memoryview(text.encode())
+    while data:
+        data = data[file.write(data) :]
+    os.fsync(file.fileno())
+
+
+def _replace(path: Path, text: str) -> BinaryIO:
+    """Put `text` at `path` in one step; the file stays open for appending."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file = cast(BinaryIO, temporary.open("wb", buffering=0))
     try:
-        file = temporary.open("w", encoding="utf-8")
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            _close_quietly(file)
-            raise
-    finally:
+        _write(file, text)
+        temporary.replace(path)
+    except BaseException:
+        file.close()
         temporary.unlink(missing_ok=True)
+        raise
     return file
 
 
-def _close_quietly(file: IO[str]) -> None:
-    try:
-        file.close()
-    except OSError:
-        pass
-
-
-def _lock(file: IO[Any], path: Path) -> None:
+def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

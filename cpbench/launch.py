@@ -6,6 +6,7 @@ another worker module.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -55,7 +56,7 @@ class Torchrun:
         log_dir.mkdir(parents=True, exist_ok=True)
         output = log_dir / "launcher.log"
         with output.open("wb") as stream:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: PLW1509 - preexec takes no lock, so threads of the display cannot block it
                 self.command(job, world_size, log_dir),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
@@ -130,7 +131,5 @@ def _end_with_parent() -> Callable[[], None] | None:
 def _quietly(kill: Callable[[], None]) -> None:
     import psutil
 
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         kill()
-    except psutil.NoSuchProcess:
-        pass
