@@ -11,7 +11,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class GroupFailed(Exception):  # noqa: N818 - it says what happened
     log_tail: tuple[str, ...] = ()
 
 
-def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, check: Callable[[], None]) -> Generator[dict[str, Any], None, None]:
     """Start a group and yield its events until it has ended; whatever happens, its processes are gone afterwards.
 
     `check` is called at every poll and may raise. Raises GroupFailed.

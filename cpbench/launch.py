@@ -56,14 +56,14 @@ class Torchrun:
         log_dir.mkdir(parents=True, exist_ok=True)
         output = log_dir / "launcher.log"
         with output.open("wb") as stream:
-            process = subprocess.Popen(  # noqa: PLW1509 - preexec takes no lock, so threads of the display cannot block it
+            process = subprocess.Popen(
                 self.command(job, world_size, log_dir),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=rank_environment(os.environ, threads) | self.environment,
                 start_new_session=True,  # Ctrl-C reaches the driver only, which then ends the ranks
-                preexec_fn=_end_with_parent(),
+                preexec_fn=_end_with_parent(),  # noqa: PLW1509 - it takes no lock, so threads of the display cannot block it
             )
         return ProcessTree(process, output)
 

@@ -112,9 +112,11 @@ def not_measured(cell: Cell, status: Status, reason: str, previous: CellResult |
 
 
 def token_reference(cell: Cell, finished: Iterable[tuple[Cell, CellResult]]) -> CellResult | None:
-    """The first cell (smallest layout first: the baseline) that computed the same thing and has first tokens."""
+    """Of the cells before this one in the order of the plan (so the baseline, or the smallest layout), the first with the same answer to give."""
     for other, result in finished:
-        if other.id != cell.id and result.status == "ok" and result.first_tokens and _same_answer(cell) == _same_answer(other):
+        if other.id == cell.id:
+            return None
+        if result.status == "ok" and result.first_tokens and _same_answer(cell) == _same_answer(other):
             return result
     return None
 
