@@ -7,7 +7,7 @@ it runs, and what is measured around it, is decided in worker.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cpbench.communicator import Communicator
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import Groups, local_groups
 from cpbench.kernels.base import Kernel
+from cpbench.layout import Layout
 from cpbench.models.attention import HeadSlice
 from cpbench.models.decoder import Decoder, FirstTokens, Shard
 from cpbench.models.weights import RandomWeights, token_ids
@@ -45,13 +46,14 @@ class Program:
         self.tokens = _index(split.tokens(cp_rank), device)
         self.last_rows = split.last_rows(cp_rank)
         self.buffers, self.cache = Buffers(), KVCache(cell.kv_cache == "keep")
-        self.context = Context(groups.cp, kernel, self.buffers, self.cache, cell.config.head_dim**-0.5)
+        self.scale = cell.config.head_dim**-0.5
+        context = Context(groups.cp, kernel, self.buffers, self.cache, self.scale)
         strategy = STRATEGIES[cell.strategy]
-        self.attention = ParallelAttention(strategy, strategy.plan(cell, cp_rank), self.context)
+        self.attention = ParallelAttention(strategy, strategy.plan(cell, cp_rank), context)
         self.communicator = Communicator(groups)
         self.run, self.prepare = self._build(_index(split.positions(cp_rank), device))
 
-    def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], None]]:
+    def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], object]]:
         cell = self.cell
         if cell.target == "attention":
             return self._attention(), lambda: None
@@ -59,41 +61,55 @@ class Program:
         self.decoder = Decoder(cell.config, self.weights, cell.layers, Shard(self.groups.tp.rank, self.groups.tp.size), ends)
         if ends:
             ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
+            self.inputs = [ids, positions]
             return lambda: self._prefill(ids, positions), lambda: None
         start = self.weights.values("input", self.tokens, torch.arange(cell.config.hidden), 1.0)
         hidden = start.clone()
+        self.inputs = [start, hidden]
         run = self.decoder.run_layers
-        return lambda: Output(run(hidden, positions, self.attention, self.communicator)), lambda: hidden.copy_(start) and None
+        return lambda: Output(run(hidden, positions, self.attention, self.communicator)), lambda: hidden.copy_(start)
 
-    def _attention(self) -> Callable[[], Output]:
-        """Random q, K and V as a function of the global token and head, so that every layout has the same."""
-        cell, dim = self.cell, self.cell.config.head_dim
-        heads = HeadSlice.of(cell.config, self.groups.tp.rank, self.groups.tp.size)
+    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q [n, H, D], k and v [n, G, D] of this rank: functions of the global token and head, so that every layout has the same."""
+        dim = self.cell.config.head_dim
+        heads = HeadSlice.of(self.cell.config, self.groups.tp.rank, self.groups.tp.size)
         q, k, v = (
-            self.weights.values(name, self.tokens, torch.arange(part.start * dim, part.stop * dim), 1.0)
+            self.weights.values(name, self.tokens, torch.arange(part.start * dim, part.stop * dim), 1.0).unflatten(1, (len(part), dim))
             for name, part in (("q", heads.q), ("k", heads.kv), ("v", heads.kv))
         )
-        rows = self.attention.rows(0, (len(self.tokens), row_values(cell)), self.dtype, self.device)
-        rows.copy_(torch.cat([k, v], 1))
+        return q, k, v
+
+    def _attention(self) -> Callable[[], Output]:
+        q, k, v = self.attention_inputs()
+        rows = self.attention.rows(0, (len(self.tokens), row_values(self.cell)), self.dtype, self.device)
+        rows.copy_(torch.cat([k.flatten(1), v.flatten(1)], 1))
         self.inputs = [q]
-        q_THD = q.unflatten(1, (len(heads.q), dim))
 
         def open_rows(rows_SW: Tensor) -> tuple[Tensor, Tensor]:
             k, v = rows_SW.chunk(2, 1)
-            return k.unflatten(1, (-1, dim)), v.unflatten(1, (-1, dim))
+            return k.unflatten(1, (-1, q.shape[2])), v.unflatten(1, (-1, q.shape[2]))
 
-        return lambda: Output(self.attention.attend(q_THD, rows, open_rows, 0))
+        return lambda: Output(self.attention.attend(q, rows, open_rows, 0))
 
     def _prefill(self, ids: Tensor, positions: Tensor) -> Output:
         x_nM = self.decoder.embed(ids, self.communicator)
         x_nM = self.decoder.run_layers(x_nM, positions, self.attention, self.communicator)
         return Output(x_nM, self.decoder.first_tokens(x_nM, self.last_rows, len(self.cell.lengths), self.communicator))
 
+    def set_kernel(self, kernel: Kernel) -> None:
+        """Attend with another kernel from the next pass on."""
+        self.attention = replace(self.attention, context=replace(self.attention.context, kernel=kernel))
+
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(category, tensor) of everything that is held between passes."""
         held = [*self.buffers.tensors(), *self.cache.tensors()]
         held += [("weights", tensor) for tensor in (self.decoder.parameters() if hasattr(self, "decoder") else [])]
         return held + [("activations", tensor) for tensor in getattr(self, "inputs", [])]
+
+
+def alone() -> Groups:
+    """The groups of a single rank, without a process group."""
+    return local_groups(Layout(), LocalWorld(1), 0)
 
 
 def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None) -> list[tuple[Tensor, Output]]:

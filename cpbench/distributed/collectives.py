@@ -8,7 +8,6 @@ Every call is recorded (axis, operation, wire bytes received). What is sent, and
 from __future__ import annotations
 
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpbench.distributed.traffic import Traffic
+
+# torch 2.13 renamed this call and warns on the old name; 2.11 has only the old name
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -125,22 +127,17 @@ class ProcessGroup(Group):
     def share(self, values: Sequence[float]) -> list[list[float]]:
         device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         mine = torch.tensor(list(values), dtype=torch.float64, device=device)
-        everyone = mine.new_empty(self.size, len(values))
-        (self._all_gather(everyone, mine) if self.size > 1 else Handle(lambda: everyone.copy_(mine))).wait()
-        shared: list[list[float]] = everyone.tolist()
+        everyone = mine.repeat(self.size)
+        if self.size > 1:
+            self._all_gather(everyone, mine).wait()
+        shared: list[list[float]] = everyone.view(self.size, -1).tolist()
         return shared
 
     def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
-        with warnings.catch_warnings():  # torch 2.13 renames this call; 2.11 has only the old name
-            warnings.simplefilter("ignore", FutureWarning)
-            work = dist.all_gather_into_tensor(output, block, group=self._group, async_op=True)
-        return Handle(work.wait)
+        return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
 
     def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            work = dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True)
-        return Handle(work.wait)
+        return Handle(dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True).wait)
 
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self._group)

@@ -1,0 +1,139 @@
+"""Peak memory of one pass on one rank: live tensors by category, the allocator's peak, and the resident set.
+
+`LiveTensors` counts the storages that are alive, from a dispatch mode: what formulas and projections are held against. The profiler adds
+what kernels allocate inside an operator. Both run in a pass that is not timed. On CPU that pass computes one block of rows per attention
+call and leaves the rest of the output zero: a kernel allocates the same for one block as for all, and the arithmetic would take as long
+as a timed pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cpbench.kernels.base import Kernel
+from cpbench.measure.device import Device
+
+BLOCK_ROWS = 256
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the storages alive on a device, and the moment they were most. Storages in `held` are counted from the start."""
+
+    def __init__(self, device: torch.device, held: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        super().__init__()
+        self._device = device
+        self._held = held
+        self._sizes: dict[int, int] = {}
+        self.live = 0
+        self.peak = 0
+        self._at_peak: dict[int, int] = {}
+        for _, tensor in held():
+            self._see(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return result
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, value, trace)
+        self._categories = {tensor.untyped_storage()._cdata: category for category, tensor in self._held()}
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device != self._device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        size = storage.nbytes()
+        self._sizes[key] = size
+        weakref.finalize(storage, self._forget, key).atexit = False
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self._at_peak = self.live, dict(self._sizes)
+
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+    def by_category(self) -> dict[str, int]:
+        """What was alive at the peak; storages that nobody holds between passes are activations."""
+        total: Counter[str] = Counter()
+        for key, size in self._at_peak.items():
+            total[self._categories.get(key, "activations")] += size
+        return dict(total)
+
+
+class OneBlock(Kernel):
+    """A kernel that allocates what `inner` allocates and computes the first rows only. See the top of the file."""
+
+    def __init__(self, inner: Kernel) -> None:
+        self.name, self.summary, self._inner = inner.name, inner.summary, inner
+
+    def available(self, device: str, dtype: str, dim_qk: int, dim_v: int) -> str | None:
+        return self._inner.available(device, dtype, dim_qk, dim_v)
+
+    def block(self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+        rows, heads = q_THD.shape[:2]
+        if rows <= BLOCK_ROWS:
+            return self._inner.block(q_THD, k_SGD, v_SGE, scale, causal)
+        out = q_THD.new_zeros(rows, heads, v_SGE.shape[2])
+        first, first_lse = self._inner.block(q_THD[:BLOCK_ROWS], k_SGD, v_SGE, scale, False)
+        lse = first_lse.new_zeros(heads, rows)
+        out[:BLOCK_ROWS].copy_(first)
+        lse[:, :BLOCK_ROWS].copy_(first_lse)
+        return out, lse
+
+
+def measure_peaks(run: Callable[[], object], device: Device, held: Callable[[], Iterable[tuple[str, Tensor]]]) -> dict[str, Any]:
+    """Run once and return the fields of `results.Memory` that exist on this device."""
+    gc.collect()
+    on_cpu = device.torch_device.type == "cpu"
+    allocated = _AllocatorPeak() if on_cpu else None
+    device.reset_peaks()
+    tracker = LiveTensors(device.torch_device, held)
+    before = tracker.live
+    with tracker:
+        if allocated is not None:
+            with allocated:
+                run()
+        else:
+            run()
+    peaks: dict[str, Any] = {"peak_live_bytes": tracker.peak, "by_category": tracker.by_category(), **device.peaks()}
+    if allocated is not None:
+        peaks["peak_allocator_bytes"] = before + allocated.peak()
+    return peaks
+
+
+class _AllocatorPeak:
+    """The peak of CPU allocations above the start, from the profiler's allocation events: kernel workspace included."""
+
+    def __init__(self) -> None:
+        self._profile = torch.autograd.profiler.profile(profile_memory=True)
+
+    def __enter__(self) -> None:
+        self._profile.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._profile.__exit__(*exception)
+
+    def peak(self) -> int:
+        results = self._profile.kineto_results
+        level = peak = 0
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            level += event.nbytes()
+            peak = max(peak, level)
+        return peak

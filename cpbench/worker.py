@@ -1,0 +1,227 @@
+"""One rank of a sweep, started by torchrun: for each cell prove the answer, measure memory, time passes, and report.
+
+The first rank reports to the driver by appending events to a file. A rank that raises leaves a failure file and exits: torchrun ends
+the others, and the driver starts a fresh group for the cells that remain. Which cells run, and what becomes of a failure, is the
+driver's decision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpbench.cell import Cell
+from cpbench.distributed.collectives import start_process_groups, stop_process_groups
+from cpbench.distributed.mesh import Groups, Mesh
+from cpbench.formulas import flops_of_rank, live_bytes, score_pairs, traffic
+from cpbench.kernels import load_kernel, pick_kernel
+from cpbench.kernels.base import Kernel
+from cpbench.measure.device import Device, open_device
+from cpbench.measure.memory import OneBlock, measure_peaks
+from cpbench.measure.timing import Samples, Timing, one_pass, sample
+from cpbench.numerics import check
+from cpbench.program import Output, Program
+
+STACKS_BEFORE_DEADLINE = 2.0  # seconds; where every thread is goes to the log before the driver kills a hanging group
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver wrote for one world size and round."""
+
+    data: dict[str, Any]
+    rank: int
+
+    @classmethod
+    def read(cls, path: str) -> Job:
+        return cls(json.loads(Path(path).read_text(encoding="utf-8")), int(os.environ["RANK"]))
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append an event, on the first rank only."""
+        if self.rank == 0:
+            with Path(self.data["events"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def fail(self, index: int | None, error: BaseException) -> None:
+        """Leave this rank's failure for the driver."""
+        lines = traceback.format_exception(error)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0] if str(error) else type(error).__name__
+        failure = {"index": index, "rank": self.rank, "status": _status(error), "reason": reason, "log_tail": "".join(lines).splitlines()[-20:]}
+        path = Path(f"{self.data['events']}.rank{self.rank}.json")
+        path.with_suffix(".part").write_text(json.dumps(failure), encoding="utf-8")
+        path.with_suffix(".part").replace(path)
+
+
+def main(path: str) -> None:
+    """Run the job at `path`. Exits with 1 after a failure, without waiting for peers."""
+    _end_with_parent()
+    job = Job.read(path)
+    index: int | None = None
+    try:
+        torch.set_num_threads(job.data["threads"])
+        device = open_device(job.data["device"], int(os.environ["LOCAL_RANK"]))
+        start_process_groups(device.torch_device)
+        mesh = Mesh(job.rank, job.data["world_size"])
+        job.emit("ready", environment=_environment(device))
+        with torch.inference_mode():
+            for entry in job.data["cells"]:
+                index = entry["index"]
+                run_entry(job, entry, mesh, device)
+        job.emit("end")
+        stop_process_groups()
+    except BaseException as error:
+        job.fail(index, error)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # peers may hang in a collective, and so would leaving the process group
+
+
+def run_entry(job: Job, entry: dict[str, Any], mesh: Mesh, device: Device) -> None:
+    """One cell of the job: report its start and its record."""
+    job.emit("start", index=entry["index"])
+    faulthandler.dump_traceback_later(max(0.1, job.data["cell_timeout"] - STACKS_BEFORE_DEADLINE))
+    cell = Cell.from_dict(entry["cell"])
+    groups = mesh.groups(cell.layout)
+    record = measure_cell(job, cell, groups, device, entry["index"], entry["verify"])
+    job.emit("done", index=entry["index"], record=record)
+    faulthandler.cancel_dump_traceback_later()
+    gc.collect()
+
+
+def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: int, verify: bool) -> dict[str, Any]:
+    """The record of one round of one cell."""
+    dim = cell.config.head_dim
+    kernel = pick_kernel(cell.device, cell.dtype, dim, dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
+    record: dict[str, Any] = {
+        "status": "ok",
+        "reason": None,
+        "samples": [],
+        "skew_samples": [],
+        "stop": "",
+        "first_call_s": None,
+        "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
+        "kernel": kernel.name,
+        "tokens_per_rank": cell.split.max_rows,
+        "threads_per_rank": job.data["threads"] if cell.device == "cpu" else None,
+        "oversubscribed": job.data["oversubscribed"],
+        "warnings": [],
+    }
+    if verify:
+        verdict = check(cell, groups, kernel, device.torch_device)
+        record["numerics"] = verdict.to_dict()
+        if not verdict.passed:
+            return {**record, "status": "wrong", "reason": verdict.reason}
+    program = Program(cell, groups, kernel, device.torch_device)
+    record |= _memory_pass(program, kernel, cell, groups, device)
+    if record["status"] != "ok":
+        return record
+    if cell.device != "cpu":  # on CPU nothing is compiled or tuned on the first call, and a pass at full length is not spent on it
+        record["first_call_s"] = max(one_pass(program.run, program.prepare, device, groups.world))
+    timing = Timing(**job.data["timing"])
+    last: list[Output] = []
+    samples = sample(
+        lambda: last.__setitem__(slice(None), [program.run()]),
+        program.prepare,
+        timing,
+        device,
+        groups.world,
+        lambda n, seconds: job.emit("sample", index=index, n=n, seconds=seconds),
+    )
+    return record | _timed(samples, last[0]) | {"ranks": _ranks(cell, samples, record.pop("live"))}
+
+
+def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, device: Device) -> dict[str, Any]:
+    """Peak memory of the rank with the highest peak, every rank's live peak, and traffic held against its formula."""
+    on_cpu = cell.device == "cpu"
+    if on_cpu:
+        program.set_kernel(OneBlock(kernel))
+    program.prepare()
+    groups.recorder.reset()
+    peaks = measure_peaks(program.run, device, program.tensors)
+    received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
+    program.set_kernel(kernel)
+    names = ("peak_live_bytes", "peak_allocator_bytes", "peak_reserved_bytes", "peak_rss_bytes")
+    numbers = [float(peaks.get(name, -1)) for name in names]
+    everyone = groups.world.share([*numbers, float(received == predicted), float(received.bytes)])
+    live = [int(row[0]) for row in everyone]
+    highest = live.index(max(live))
+    memory = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(names)}
+    memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": peaks["by_category"]}
+    most = max(range(cell.world_size), key=lambda rank: everyone[rank][5])
+    result = {"memory": memory, "live": live, "traffic": _traffic(cell, most)}
+    wrong = [rank for rank, row in enumerate(everyone) if not row[4]]
+    if wrong:
+        result |= {"status": "wrong", "reason": f"traffic of rank {wrong[0]} differs from its formula at full size"}
+    return result
+
+
+def _traffic(cell: Cell, rank: int) -> dict[str, Any]:
+    """What the rank that receives most receives. Recorded equals predicted here: a rank that differs makes the cell wrong."""
+    predicted = traffic(cell, rank)
+    return {"rank": rank, "predicted": predicted.to_dict(), "recorded": predicted.to_dict(), "bytes": predicted.bytes, "calls": predicted.calls}
+
+
+def _timed(samples: Samples, output: Output) -> dict[str, Any]:
+    first = output.first
+    tokens = [] if first is None else [{"token": t, "margin": m} for t, m in zip(first.tokens, first.margins, strict=True)]
+    return {"samples": samples.slowest, "skew_samples": samples.skew, "stop": samples.stop, "first_tokens": tokens}
+
+
+def _ranks(cell: Cell, samples: Samples, live: list[int]) -> list[dict[str, Any]]:
+    """One entry per rank: its place, its share of the work, its own clock, its peak."""
+    entries = []
+    for rank in range(cell.world_size):
+        place = cell.layout.coordinates(rank)
+        entries.append(
+            {
+                "rank": rank,
+                "coordinates": place,
+                "tokens": cell.split.rows(place["cp"]),
+                "score_pairs": score_pairs(cell, rank),
+                "median_s": samples.of_rank(rank),
+                "peak_live_bytes": live[rank],
+            }
+        )
+    return entries
+
+
+def _environment(device: Device) -> dict[str, Any]:
+    """What only a running rank knows."""
+    cuda = device.torch_device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "backend": "nccl" if cuda else "gloo",
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,  # type: ignore[no-untyped-call]
+        "cuda": torch.version.cuda,
+        "device_name": device.name,
+        "threads_per_rank": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _status(error: BaseException) -> str:
+    """`oom` for every way in which memory runs out, else `crash`."""
+    text = str(error)
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "out of memory" in text
+    return "oom" if memory else "crash"
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this rank when torchrun dies, so that no fault leaves an orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
