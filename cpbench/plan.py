@@ -192,7 +192,7 @@ def _refuse_impossible(scenario: Scenario, planned: list[PlannedCell]) -> None:
     asked = [p for p in planned if p.cell.layout.cp in cp]
     axes: list[tuple[str, list[int] | list[str], Callable[[Cell], object]]] = [
         ("strategy", strategies or [], lambda cell: cell.strategy),
-        ("tp", scenario.tp or [], lambda cell: cell.layout.tp),
+        ("tp", [tp for tp in scenario.tp or [] if tp > 1], lambda cell: cell.layout.tp),
         ("cp", cp, lambda cell: cell.layout.cp),
         ("seq", scenario.seq or [], lambda cell: cell.lengths[0]),
     ]

@@ -1,0 +1,197 @@
+"""Scenarios: what is accepted, which sentence a mistake gets, what the machine fills in, and the committed JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpbench.environment import Machine
+from cpbench.errors import CpbenchError
+from cpbench.plan import make_plan
+from cpbench.scenario import Scenario, json_schema, load_scenario, override, parse_scenario, read_yaml, resolve
+
+SCENARIOS = Path(__file__).parents[2] / "scenarios"
+CPU = Machine("cpu", 0, 2, 8 << 30, "a CPU")
+CUDA = Machine("cuda", 4, 32, 64 << 30, "a CPU", ("a GPU",) * 4, 80 << 30, "1.0")
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    file = folder / "case.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return file
+
+
+def refused(call: object, *arguments: object) -> CpbenchError:
+    with pytest.raises(CpbenchError) as caught:
+        call(*arguments)  # type: ignore[operator]
+    assert caught.value.exit_code == 2
+    assert "\n" not in caught.value.message + caught.value.hint
+    assert caught.value.hint
+    return caught.value
+
+
+def test_sizes_durations_and_lists_read_as_people_write_them() -> None:
+    scenario = parse_scenario({"seq": "36k,1M, 1000", "cp": 2, "batch": ["3"], "timing": {"precision": "1%"}, "limits": {"budget": "20m"}})
+    assert scenario.seq == [36_864, 1_048_576, 1000]
+    assert scenario.cp == [2] and scenario.batch == [3]
+    assert scenario.timing.precision == 0.01 and scenario.limits.budget == 1200.0
+
+
+@pytest.mark.parametrize(
+    ("data", "message", "hint"),
+    [
+        ({"seq": "36q"}, "seq: '36q' has the unknown suffix 'q'.", "36k = 36,864"),
+        ({"cp": 0}, "cp: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"cp": [2, 5000]}, "cp: 5000 is not possible: it must be at most 1024.", "1024"),
+        ({"cp": "2,x"}, "cp: 'x' is not a whole number.", "whole number"),
+        ({"cp": True}, "cp: True is not a whole number.", "number"),
+        ({"layers": True}, "layers: True is not a whole number.", "number"),
+        ({"seq": []}, "seq: the list is empty.", "at least one"),
+        ({"sq": 1}, "Unknown scenario field 'sq'.", "Did you mean 'seq'?"),
+        ({"timing": {"precison": 1}}, "Unknown scenario field 'timing.precison'.", "Did you mean 'timing.precision'?"),
+        ({"target": "prefil"}, "Unknown target 'prefil'.", "Did you mean 'prefill'?"),
+        ({"timing": {"precision": "200%"}}, "timing.precision: '200%' is outside 0% to 100%.", "2%"),
+        ({"timing": {"min_samples": 50}}, "timing: max_samples = 30 is below min_samples = 50.", "at least 50"),
+        ({"limits": {"cell_timeout": "3y"}}, "limits.cell_timeout: '3y' has the unknown unit 'y'.", "90s"),
+        ({"limits": {"budget": 0}}, "limits.budget: 0 is not possible: it must be more than 0.", "more than"),
+        ({"rounds": 2.5}, "rounds: '2.5' is not a whole number.", "whole number"),
+        ({"name": "../x"}, "name: '../x' is not a file name.", "letters"),
+        ({"strategies": [3]}, "strategies: '3' is not text.", "text"),
+        ({"timing": 3}, "timing: '3' is not a group of fields.", "group"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_nearest_valid_value(data: dict[str, object], message: str, hint: str) -> None:
+    error = refused(parse_scenario, data)
+    assert error.message == message
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seq: [36k", "is not YAML"),
+        ("seq: &a [1]\ncp: *a", "aliases are not allowed"),
+        ("seq: 1\nseq: 2", "given twice"),
+        ("a: " + "[" * 50 + "]" * 50, "nested"),
+        ("[" * 100_000, "not YAML"),
+        ("- 36k", "does not hold fields and values"),
+        ("36", "does not hold fields and values"),
+        ("", "does not hold fields and values"),
+        ("name: !!python/object/apply:os.system [true]", "not YAML"),
+        ("seq: 2024-99-99", "not YAML"),
+        (b"\xff\xfe\x00", "not text"),
+        ("#" * 300_000, "larger than"),
+    ],
+)
+def test_a_file_that_is_no_scenario_gets_one_sentence(tmp_path: Path, text: str | bytes, words: str) -> None:
+    assert words in refused(load_scenario, write(tmp_path, text)).message
+
+
+def test_a_missing_file_and_a_folder_get_one_sentence(tmp_path: Path) -> None:
+    assert "No such file" in refused(load_scenario, tmp_path / "none.yaml").message
+    assert "cannot be read" in refused(load_scenario, tmp_path).message
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_scenario_or_one_sentence(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = write(tmp_path_factory.getbasetemp(), data)
+    try:
+        assert isinstance(load_scenario(file), Scenario)
+    except CpbenchError as error:
+        assert error.exit_code == 2
+
+
+def test_the_file_names_the_scenario(tmp_path: Path) -> None:
+    assert load_scenario(write(tmp_path, "seq: 1k")).name == "case"
+    assert load_scenario(write(tmp_path, "name: other")).name == "other"
+
+
+def test_override_sets_one_field_and_leaves_the_original_alone() -> None:
+    data = {"seq": "1k", "timing": {"precision": 0.5}}
+    assert override(data, "timing.precision=1%")["timing"]["precision"] == "1%"
+    assert data["timing"] == {"precision": 0.5}
+    assert override({}, "cp=[2, 4]") == {"cp": [2, 4]}
+    assert override({}, "baseline=false") == {"baseline": False}
+    assert parse_scenario(override({}, "limits.budget=20m")).limits.budget == 1200.0
+    assert parse_scenario(override({"layers": 3}, "layers=null")).layers is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("timing.precison=1", "Unknown scenario field 'timing.precison'"),
+        ("timing=1", "timing is a group of fields"),
+        ("seq.x=1", "seq has no fields"),
+        ("seq", "is not a setting"),
+        ("=1", "is not a setting"),
+        ("seq=[1", "is not a value"),
+        ("seq=*a", "is not a value"),
+    ],
+)
+def test_a_wrong_override_gets_one_sentence(setting: str, words: str) -> None:
+    assert words in refused(override, {}, setting).message
+
+
+def test_cpu_defaults_are_filled_and_every_choice_is_a_note() -> None:
+    scenario, notes = resolve(parse_scenario({"seq": "36k", "cp": "2,4,8"}), CPU)
+    assert (scenario.device, scenario.model, scenario.layers, scenario.dtype) == ("cpu", "qwen3-tiny", 1, "float32")
+    assert scenario.strategies == ["allgather", "ring", "ulysses"]
+    text = "\n".join(notes)
+    for words in ("device cpu", "model qwen3-tiny (default on cpu)", "dtype float32", "layers 1 of 4", "seq 36k = 36,864 tokens", "cp=1 added"):
+        assert words in text
+
+
+def test_cuda_defaults() -> None:
+    scenario, _ = resolve(Scenario(), CUDA)
+    assert (scenario.device, scenario.model, scenario.layers, scenario.dtype) == ("cuda", "qwen3-8b", 4, "bfloat16")
+    assert scenario.cp == [1]
+
+
+def test_what_was_asked_for_is_kept_and_is_no_note() -> None:
+    asked = {"model": "llama3-8b", "layers": 2, "dtype": "bfloat16", "device": "cpu", "seq": 100, "cp": 2, "strategies": "ring", "baseline": False}
+    scenario, notes = resolve(parse_scenario(asked | {"timing": {"min_samples": 5}}), CUDA)
+    assert (scenario.model, scenario.layers, scenario.dtype, scenario.device) == ("llama3-8b", 2, "bfloat16", "cpu")
+    assert notes == ["seq 100 tokens"]
+
+
+@pytest.mark.parametrize("data", [{}, {"target": "layer"}, {"seq": "8k", "cp": [2, 4], "rounds": 3}])
+@pytest.mark.parametrize("machine", [CPU, CUDA])
+def test_resolving_twice_changes_nothing(data: dict[str, object], machine: Machine) -> None:
+    once, _ = resolve(parse_scenario(data), machine)
+    assert resolve(once, machine)[0] == once
+    stored = json.loads(json.dumps(once.model_dump(mode="json")))
+    assert parse_scenario(stored) == once
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"strategies": "rng"}, "Unknown strategy 'rng'"),
+        ({"model": "qwen3-tin"}, "Unknown model 'qwen3-tin'"),
+        ({"partition": "zig"}, "Unknown partition 'zig'"),
+        ({"kernel": "sdp"}, "Unknown kernel 'sdp'"),
+        ({"layers": 9}, "qwen3-tiny has 4 layers, not 9"),
+        ({"target": "layer", "layers": 2}, "Target 'layer' runs one layer"),
+        ({"device": "cuda"}, "no CUDA device"),
+    ],
+)
+def test_names_that_do_not_exist_are_found_before_anything_starts(data: dict[str, object], words: str) -> None:
+    assert words in refused(resolve, parse_scenario(data), CPU).message
+
+
+def test_the_committed_schema_is_the_generated_one() -> None:
+    """Regenerate with: python -m cpbench.scenario > scenarios/schema.json"""
+    assert json.loads((SCENARIOS / "schema.json").read_text()) == json_schema()
+
+
+@pytest.mark.parametrize("file", sorted(SCENARIOS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_scenario_in_the_repository_plans_and_is_explained(file: Path) -> None:
+    scenario, _ = resolve(load_scenario(file), CPU)
+    assert make_plan(scenario, CPU).runnable
+    assert read_yaml(file)["name"] == file.stem
+    assert file.name in (SCENARIOS / "README.md").read_text()
+    assert file.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
