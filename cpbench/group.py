@@ -81,10 +81,10 @@ def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, 
     try:
         while True:
             code = handle.poll()  # before reading: what an ended group wrote is read below
-            check()
             for event in lines.new():
                 watch.saw(event, time.monotonic())
                 yield event
+            check()  # after reading: what was finished is kept
             if watch.finished and code is not None:
                 return
             late = time.monotonic() > watch.deadline

@@ -22,7 +22,7 @@ from cpbench.kernels import load_kernel
 from cpbench.kernels.accumulate import Accumulator
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
-from cpbench.program import Output, Program, alone, run_locally
+from cpbench.program import Models, Output, Program, alone, run_locally
 from cpbench.segments import causal_segments, place
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above
@@ -58,13 +58,13 @@ class Answer:
     logits: Tensor | None
 
 
-def check(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device) -> Check:
+def check(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> Check:
     """Prove a cell on a small input. Every rank learns whether it passed; the first one knows the details."""
     small = small_cell(cell)
     attention = replace(small, target="attention", layers=1)
     answers, mismatches = [], []
     for part in (attention, small):
-        answer, mismatch = _answer(part, groups, kernel, device)
+        answer, mismatch = _answer(part, groups, kernel, device, models)
         answers.append(answer)
         mismatches.append(mismatch)
     mismatch = mismatches[0] or mismatches[1]
@@ -86,9 +86,9 @@ def small_cell(cell: Cell) -> Cell:
     return replace(cell, config=cell.config.reduced(), layers=min(cell.layers, 2), lengths=lengths)
 
 
-def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device) -> tuple[Answer, str | None]:
+def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> tuple[Answer, str | None]:
     """Run one pass on all ranks and collect it; and how this rank's counted traffic differs from its formula."""
-    program = Program(cell, groups, kernel, device)
+    program = Program(cell, groups, kernel, device, models)
     groups.recorder.reset()
     output = program.run()
     received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
@@ -145,7 +145,7 @@ def _own_tokens_only(cell: Cell, device: torch.device) -> Tensor:
     """In fp64: the attention in which every context-parallel rank sees its own tokens only, in packed order."""
     single = replace(cell, layout=Layout(), strategy="none", partition="contiguous", dtype="float64")
     kernel = load_kernel("reference")
-    program = Program(single, alone(), kernel, device, getattr(torch, cell.dtype))
+    program = Program(single, alone(), kernel, device, rounded_to=getattr(torch, cell.dtype))
     q_THD, k_SGD, v_SGE = program.attention_inputs()
     rows = torch.empty_like(q_THD)
     for rank, blocks in enumerate(cell.split.ranks):

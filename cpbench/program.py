@@ -35,10 +35,39 @@ class Output:
     first: FirstTokens | None = None
 
 
+class Models:
+    """The decoders of a process, so that cells that differ in strategy or length only make their weights once.
+
+    At most two are held: the one that is measured and the small one that proves numerics.
+    """
+
+    def __init__(self) -> None:
+        self._decoders: dict[tuple[object, ...], Decoder] = {}
+
+    def get(self, cell: Cell, weights: RandomWeights, shard: Shard) -> Decoder:
+        """The decoder of this cell, made if it is not at hand."""
+        key = (cell.config, cell.layers, cell.target == "prefill", weights, shard)
+        decoder = self._decoders.pop(key, None)
+        if decoder is None:
+            while len(self._decoders) > 1:
+                del self._decoders[next(iter(self._decoders))]
+            decoder = Decoder(cell.config, weights, cell.layers, shard, ends=cell.target == "prefill")
+        self._decoders[key] = decoder
+        return decoder
+
+
 class Program:
     """One rank's part of a cell. `run()` is one pass; `prepare()` puts back what a pass changes and is not part of it."""
 
-    def __init__(self, cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        cell: Cell,
+        groups: Groups,
+        kernel: Kernel,
+        device: torch.device,
+        models: Models | None = None,
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
         self.cell, self.groups, self.device = cell, groups, device
         self.dtype: torch.dtype = getattr(torch, cell.dtype)
         self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
@@ -51,15 +80,15 @@ class Program:
         strategy = STRATEGIES[cell.strategy]
         self.attention = ParallelAttention(strategy, strategy.plan(cell, cp_rank), context)
         self.communicator = Communicator(groups)
+        self.models = models or Models()
         self.run, self.prepare = self._build(_index(split.positions(cp_rank), device))
 
     def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], object]]:
         cell = self.cell
         if cell.target == "attention":
             return self._attention(), lambda: None
-        ends = cell.target == "prefill"
-        self.decoder = Decoder(cell.config, self.weights, cell.layers, Shard(self.groups.tp.rank, self.groups.tp.size), ends)
-        if ends:
+        self.decoder = self.models.get(cell, self.weights, Shard(self.groups.tp.rank, self.groups.tp.size))
+        if cell.target == "prefill":
             ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
             self.inputs = [ids, positions]
             return lambda: self._prefill(ids, positions), lambda: None
@@ -117,7 +146,7 @@ def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: to
     world = LocalWorld(cell.world_size)
 
     def rank_program(rank: int) -> Any:
-        program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to)
+        program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to=rounded_to)
         return program.tokens, program.run()
 
     return world.run(rank_program)

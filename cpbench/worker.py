@@ -31,21 +31,22 @@ from cpbench.measure.device import Device, open_device
 from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.numerics import check
-from cpbench.program import Output, Program
+from cpbench.program import Models, Output, Program
 
 STACKS_BEFORE_DEADLINE = 2.0  # seconds; where every thread is goes to the log before the driver kills a hanging group
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the driver wrote for one world size and round."""
+    """What the driver wrote for one world size and round, and the models that its cells share."""
 
     data: dict[str, Any]
     rank: int
+    models: Models
 
     @classmethod
     def read(cls, path: str) -> Job:
-        return cls(json.loads(Path(path).read_text(encoding="utf-8")), int(os.environ["RANK"]))
+        return cls(json.loads(Path(path).read_text(encoding="utf-8")), int(os.environ["RANK"]), Models())
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append an event, on the first rank only."""
@@ -73,18 +74,21 @@ def main(path: str) -> None:
         device = open_device(job.data["device"], int(os.environ["LOCAL_RANK"]))
         start_process_groups(device.torch_device)
         mesh = Mesh(job.rank, job.data["world_size"])
+        gc.freeze()  # what was imported is not searched for garbage between cells
         job.emit("ready", environment=_environment(device))
         with torch.inference_mode():
             for entry in job.data["cells"]:
                 index = entry["index"]
                 run_entry(job, entry, mesh, device)
-        job.emit("end")
         stop_process_groups()
+        job.emit("end")
     except BaseException as error:
         job.fail(index, error)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # peers may hang in a collective, and so would leaving the process group
+    sys.stderr.flush()
+    os._exit(0)  # tearing the interpreter down takes a second per rank and frees nothing that the end of the process does not
 
 
 def run_entry(job: Job, entry: dict[str, Any], mesh: Mesh, device: Device) -> None:
@@ -118,11 +122,11 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "warnings": [],
     }
     if verify:
-        verdict = check(cell, groups, kernel, device.torch_device)
+        verdict = check(cell, groups, kernel, device.torch_device, job.models)
         record["numerics"] = verdict.to_dict()
         if not verdict.passed:
             return {**record, "status": "wrong", "reason": verdict.reason}
-    program = Program(cell, groups, kernel, device.torch_device)
+    program = Program(cell, groups, kernel, device.torch_device, job.models)
     record |= _memory_pass(program, kernel, cell, groups, device)
     if record["status"] != "ok":
         return record

@@ -40,6 +40,10 @@ class LiveTensors(TorchDispatchMode):
         for _, tensor in held():
             self._see(tensor)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper that guards against compilation imports torch._dynamo: 2 seconds per rank
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
