@@ -1,0 +1,66 @@
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpbench.partition import PARTITIONS, Block, split
+from cpbench.segments import Segment, Span, causal_segments, only_own, place, without_own
+
+batches = st.integers(2, 6).flatmap(lambda cp: st.tuples(st.just(cp), st.lists(st.integers(2 * cp, 60), min_size=1, max_size=3).map(tuple)))
+
+
+def pairs(segments):
+    """All (query row, key row) that the segments compute, with repetition."""
+    for segment in segments:
+        for query in range(*segment.queries):
+            for span in segment.full:
+                yield from ((query, key) for key in range(*span))
+            if segment.causal:
+                yield from ((query, segment.causal.start + i) for i in range(query - segment.queries.start + 1))
+
+
+def rows(placed):
+    return {start + i: (block.sequence, block.start + i) for block, start in placed for i in range(block.rows)}
+
+
+@given(st.sampled_from(sorted(PARTITIONS)), batches, st.data())
+def test_segments_compute_every_visible_pair_once_and_no_other(name, batch, data):
+    cp, lengths = batch
+    shards = split(name, lengths, cp)
+    rank, source = data.draw(st.integers(0, cp - 1)), data.draw(st.integers(0, cp - 1))
+    queries, keys = place(shards.ranks[rank]), place(shards.ranks[source], start=100)
+    segments = causal_segments(queries, keys)
+    computed = sorted(pairs(segments))
+    visible = sorted((q, k) for (q, (sq, pq)), (k, (sk, pk)) in itertools.product(rows(queries).items(), rows(keys).items()) if sq == sk and pk <= pq)
+    assert computed == visible
+    assert sum(segment.pairs for segment in segments) == len(computed)
+    assert sorted(pairs([*only_own(segments), *without_own(segments)])) == computed
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_a_zigzag_rank_attends_to_its_own_rows_in_one_call(cp):
+    shards = split("zigzag", (16 * cp,), cp)
+    for rank in range(cp):
+        own = place(shards.ranks[rank])
+        assert causal_segments(own, own) == (Segment(Span(0, 16), (), Span(0, 16)),)
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_a_ring_step_is_one_call(cp):
+    shards = split("zigzag", (16 * cp,), cp)
+    for rank, source in itertools.permutations(range(cp), 2):
+        (segment,) = causal_segments(place(shards.ranks[rank]), place(shards.ranks[source]))
+        assert segment.causal is None
+        assert len(segment.full) == 1
+        assert segment.pairs == 16 * 8, "every step is half of a square, whichever way the block comes"
+
+
+def test_a_whole_sequence_is_one_causal_square():
+    block = [(Block(0, 0, 50), 0)]
+    assert causal_segments(block, block) == (Segment(Span(0, 50), (), Span(0, 50)),)
+
+
+def test_blocks_that_overlap_are_a_bug_that_shows():
+    with pytest.raises(ValueError, match="overlaps"):
+        causal_segments([(Block(0, 10, 20), 0)], [(Block(0, 5, 15), 0)])
