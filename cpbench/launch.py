@@ -12,11 +12,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import cpbench
+
+if TYPE_CHECKING:
+    import psutil
 
 PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 10.0
@@ -96,7 +100,9 @@ class ProcessTree:
         for process in family:
             _quietly(process.kill)
         self._process.wait(timeout=KILL_SECONDS)
-        psutil.wait_procs(family, timeout=KILL_SECONDS)
+        deadline = time.monotonic() + KILL_SECONDS
+        while any(map(_alive, family)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -126,6 +132,16 @@ def _end_with_parent() -> Callable[[], None] | None:
             os._exit(1)
 
     return preexec
+
+
+def _alive(process: psutil.Process) -> bool:
+    """A zombie holds nothing any more; when it is reaped is the init process's affair."""
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _quietly(kill: Callable[[], None]) -> None:
