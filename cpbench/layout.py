@@ -82,6 +82,5 @@ class Layout:
         others = [range(size) for name, size in self.sizes.items() if name != axis]
         names = [name for name in AXES if name != axis]
         return tuple(
-            tuple(self.rank_of(**dict(zip(names, place, strict=True)), **{axis: index}) for index in range(getattr(self, axis)))
-            for place in product(*others)
+            tuple(self.rank_of(**dict(zip(names, place, strict=True)), **{axis: index}) for index in range(getattr(self, axis))) for place in product(*others)
         )

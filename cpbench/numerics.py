@@ -89,6 +89,7 @@ def small_cell(cell: Cell) -> Cell:
 def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> tuple[Answer, str | None]:
     """Run one pass on all ranks and collect it; and how this rank's counted traffic differs from its formula."""
     program = Program(cell, groups, kernel, device, models)
+    program.prepare()
     groups.recorder.reset()
     output = program.run()
     received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)

@@ -92,11 +92,14 @@ class Program:
             ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
             self.inputs = [ids, positions]
             return lambda: self._prefill(ids, positions), lambda: None
-        start = self.weights.values("input", self.tokens, torch.arange(cell.config.hidden), 1.0)
-        hidden = start.clone()
-        self.inputs = [start, hidden]
+        hidden = torch.empty(len(self.tokens), cell.config.hidden, dtype=self.dtype, device=self.device)
+        self.inputs = [hidden, positions]
         run = self.decoder.run_layers
-        return lambda: Output(run(hidden, positions, self.attention, self.communicator)), lambda: hidden.copy_(start)
+        return lambda: Output(run(hidden, positions, self.attention, self.communicator)), lambda: self._refill(hidden)
+
+    def _refill(self, hidden: Tensor) -> None:
+        """Put the input of a layer back: a pass adds to it in place."""
+        hidden.copy_(self.weights.values("input", self.tokens, torch.arange(hidden.shape[1]), 1.0))
 
     def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """q [n, H, D], k and v [n, G, D] of this rank: functions of the global token and head, so that every layout has the same."""
@@ -147,6 +150,7 @@ def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: to
 
     def rank_program(rank: int) -> Any:
         program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to=rounded_to)
+        program.prepare()
         return program.tokens, program.run()
 
     return world.run(rank_program)

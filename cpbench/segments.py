@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from cpbench.partition import Block
 
+MERGE_BLOCK = 1 << 17  # values of partial results merged at a time: in fp32 half a megabyte, inside a core's second-level cache
+
 
 class Span(NamedTuple):
     """Rows [start, stop)."""

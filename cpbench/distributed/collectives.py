@@ -209,6 +209,7 @@ class LocalGroup(Group):
         self._meeting.barrier.wait()
         result = read(self._meeting.board)
         self._meeting.barrier.wait()
+        self._meeting.board[self.rank] = None  # a reference left here would keep the tensor alive
         return result
 
     def barrier(self) -> None:

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cpbench.segments import Span
+from cpbench.segments import MERGE_BLOCK, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cpbench.buffers import Buffers
-
-BLOCK_ELEMENTS = 1 << 17  # fp32 elements merged at a time: half a megabyte, inside a core's second-level cache
 
 
 class Accumulator:
@@ -89,13 +87,13 @@ def _merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, buffers: 
         out.lerp_(new_out.to(out.dtype), weight_TH1.to(out.dtype))
         return
     rows, heads, dim = out.shape
-    step = max(1, BLOCK_ELEMENTS // (heads * dim))
-    scratch = buffers.get("merge_scratch", (min(step, rows), heads, dim), out.dtype, out.device)
+    step = max(1, MERGE_BLOCK // (heads * dim))
+    narrow = new_out.dtype != out.dtype
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))
         new = new_out[block]
-        if new.dtype != out.dtype:
-            new = scratch[: new.shape[0]].copy_(new)
+        if narrow:
+            new = buffers.get("merge_scratch", tuple(new.shape), out.dtype, out.device).copy_(new)
         out[block].lerp_(new, weight_TH1[block])
 
 

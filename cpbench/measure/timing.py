@@ -64,9 +64,7 @@ def one_pass(run: Callable[[], Any], prepare: Callable[[], Any], device: Device,
     return [seconds for (seconds,) in world.share([device.time(run)])]
 
 
-def sample(
-    run: Callable[[], Any], prepare: Callable[[], Any], timing: Timing, device: Device, world: Group, seen: Callable[[int, float], None]
-) -> Samples:
+def sample(run: Callable[[], Any], prepare: Callable[[], Any], timing: Timing, device: Device, world: Group, seen: Callable[[int, float], None]) -> Samples:
     """Time passes until `timing` says stop. `seen(n, seconds)` is called after each, outside the timed part."""
     samples = Samples()
     while not samples.stop:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import Context, Strategy, row_values
+from cpbench.strategies.base import Context, Strategy, merge_memory, row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,4 @@ class AllGather(Strategy):
     def memory(self, cell: Cell, rank: int) -> dict[str, int]:
         split, row = cell.split, row_values(cell) * cell.element_bytes
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
-        return {"cache": cell.layout.cp * split.max_rows * row, "buffers": padded, **merge_memory(cell, rank)}
-
-
-def merge_memory(cell: Cell, rank: int) -> dict[str, int]:
-    """`transient`: the fp32 accumulator where the dtype is narrower (in fp32 the first output is merged into), and one more output."""
-    values = cell.split.rows(rank) * cell.heads * cell.config.head_dim
-    return {"merge": values * 4 if cell.element_bytes < 4 else 0, "transient": values * cell.element_bytes}
+        return {"cache": cell.layout.cp * split.max_rows * row, "buffers": padded, **merge_memory(cell, rank, self.plan(cell, rank).remote)}

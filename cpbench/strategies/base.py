@@ -10,13 +10,14 @@ knows the model. It decides once, from lengths that all ranks know, what each ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import too_short
+from cpbench.segments import MERGE_BLOCK, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +98,19 @@ class ParallelAttention:
 def row_values(cell: Cell) -> int:
     """Values per token that travel: K and V of one tensor-parallel rank."""
     return 2 * cell.kv_heads * cell.config.head_dim
+
+
+def merge_memory(cell: Cell, rank: int, merged: Sequence[Segment]) -> dict[str, int]:
+    """Bytes of merging the results of `merged` into one that covers all rows: two outputs, and in a narrow dtype an fp32 accumulator.
+
+    The terms are those of accumulate.py: output, log-sum-exp and one block of scratch, all in fp32.
+    """
+    rows, width = cell.split.rows(rank), cell.heads * cell.config.head_dim
+    piece = max((segment.queries.rows for segment in merged), default=0)
+    if cell.element_bytes >= 4 or not piece:
+        return {"merge": 0, "transient": (rows + piece) * width * cell.element_bytes}
+    block = min(piece, max(1, MERGE_BLOCK // width)) * width
+    return {"merge": 4 * (rows * (width + cell.heads) + block), "transient": (rows + piece) * width * cell.element_bytes}
 
 
 def nearest_divisor(size: int, of: int) -> int:

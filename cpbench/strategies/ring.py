@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.allgather import merge_memory
-from cpbench.strategies.base import Context, Strategy, row_values
+from cpbench.strategies.base import Context, Strategy, merge_memory, row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +45,7 @@ class Ring(Strategy):
         own = place(split.ranks[rank])
         sources = [(rank - step) % cp for step in range(cp)]
         following = [split.rows(source) for source in sources[1:]]
-        return tuple(
-            Step(causal_segments(own, place(split.ranks[source])), next_rows) for source, next_rows in zip(sources, [*following, None], strict=True)
-        )
+        return tuple(Step(causal_segments(own, place(split.ranks[source])), next_rows) for source, next_rows in zip(sources, [*following, None], strict=True))
 
     def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: tuple[Step, ...], context: Context, layer: int) -> Tensor:
         from cpbench.kernels.accumulate import Accumulator
@@ -76,4 +73,5 @@ class Ring(Strategy):
         split, cp = cell.split, cell.layout.cp
         arriving = [split.rows((rank - step) % cp) for step in range(1, cp)]
         rows = max(arriving[0::2]) + max(arriving[1::2], default=0)  # the two buffers alternate
-        return {"buffers": rows * row_values(cell) * cell.element_bytes, **merge_memory(cell, rank)}
+        merged = [segment for step in self.plan(cell, rank)[1:] for segment in step.segments]
+        return {"buffers": rows * row_values(cell) * cell.element_bytes, **merge_memory(cell, rank, merged)}

@@ -82,13 +82,12 @@ class Ulysses(Strategy):
         result = Accumulator(total, context.buffers)
         context.kernel.attend(q_all, kv_all[..., :dim], kv_all[..., dim:], plan.segments, context.scale, result)
         out = result.result()
+        del q_all, kv_all
         if plan.order is not None:
             out = out.index_select(0, _index(plan.order, out))
         return self._to_tokens(out, plan, context, group.rank)
 
-    def _to_heads(
-        self, q_THD: Tensor, k_nGD: Tensor, v_nGE: Tensor, plan: UlyssesPlan, context: Context, layer: int
-    ) -> tuple[Tensor, Tensor]:
+    def _to_heads(self, q_THD: Tensor, k_nGD: Tensor, v_nGE: Tensor, plan: UlyssesPlan, context: Context, layer: int) -> tuple[Tensor, Tensor]:
         """q [N, H/c, D] and K|V [N, G', D + E] of this rank's heads, for all tokens."""
         group, shards = context.group, plan.shards
         n, total, dim, width = q_THD.shape[0], sum(plan.rows), q_THD.shape[2], k_nGD.shape[2] + v_nGE.shape[2]
@@ -138,8 +137,10 @@ class Ulysses(Strategy):
         shards, total, n = head_shards(cell.heads, cell.kv_heads, cp), cell.tokens, cell.split.rows(rank)
         q, kv = shards.q_heads * dim, 2 * shards.kv_heads * dim
         reordered = total * (q + kv) if cell.partition != "contiguous" else 0
-        # sent and received q, sent K|V, received output; the dense output of all tokens, later the output of own tokens
-        return {"cache": total * kv, "buffers": n * cp * (q + kv) + total * q + n * cp * q, "transient": total * q + reordered}
+        own = n * cp * q if shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
+        # sent and received q, sent K|V, received output; the dense output of all tokens, then that of own tokens beside it
+        transient = total * q + max(reordered, own)
+        return {"cache": total * kv, "buffers": n * cp * (q + kv) + total * q + n * cp * q, "transient": transient}
 
 
 def _index(order: tuple[range, ...], like: Tensor) -> Tensor:

@@ -1,0 +1,5 @@
+"""`python -m cpbench` is `cpbench`."""
+
+from cpbench.cli import main
+
+main()

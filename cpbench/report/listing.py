@@ -1,0 +1,153 @@
+"""Tables that are not results: the cells of a plan, what `list` knows, and what `doctor` found. Data comes in, tables go out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import ConsoleRenderable
+from rich.table import Table
+
+from cpbench.cell import DTYPE_BYTES, Cell
+from cpbench.doctor import Finding
+from cpbench.environment import Machine, describe
+from cpbench.formulas import weights_bytes
+from cpbench.kernels import KERNELS, load_kernel
+from cpbench.layout import Layout
+from cpbench.models.config import ModelConfig
+from cpbench.models.presets import PRESETS
+from cpbench.partition import PARTITIONS
+from cpbench.plan import Plan, PlannedCell
+from cpbench.report.table import plain
+from cpbench.scenario import DEVICE_DEFAULTS, Scenario
+from cpbench.strategies import STRATEGIES
+from cpbench.units import format_bytes, format_count, format_seconds
+
+Justify = Literal["left", "right"]
+
+
+def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Machine) -> list[str]:
+    """What is about to be measured, what the defaults chose, and how long it will take."""
+    sizes = ", ".join(map(str, plan.world_sizes)) or "none"
+    cells = f"{len(plan.runnable)} of {len(plan.cells)} cells" if len(plan.runnable) < len(plan.cells) else f"{len(plan.cells)} cells"
+    rounds = f" x {plan.rounds} rounds" if plan.rounds > 1 else ""
+    memory = max((planned.live_bytes for planned in plan.runnable), default=0)
+    return [
+        f"{scenario.target} of {scenario.model} on {scenario.device}: {describe(machine)}",
+        *(f"  {note}" for note in notes),
+        f"{cells}{rounds}, world sizes {sizes}: about {format_seconds(float(round(plan.seconds)))}, up to {format_bytes(memory)} per rank",
+    ]
+
+
+def plan_table(plan: Plan) -> Table:
+    """Every cell with estimates of its time and memory, or why it will not run."""
+    table = _table(("#", "right"), "layout", "strategy", "partition", ("seq", "right"), ("batch", "right"), ("tokens\n/rank", "right"), ("est. time", "right"), ("est. mem\n/rank", "right"))
+    table.add_column("note", vertical="bottom", overflow="fold", max_width=60)
+    for number, planned in enumerate(plan.cells, 1):
+        cell = planned.cell
+        runs = planned.status is None
+        table.add_row(
+            str(number),
+            str(cell.layout),
+            cell.strategy,
+            cell.partition,
+            format_count(max(cell.lengths)),
+            str(len(cell.lengths)),
+            f"{cell.split.max_rows:,}" if runs else "-",
+            format_seconds(planned.seconds) if runs else "-",
+            format_bytes(planned.live_bytes) if runs else "-",
+            plain(_note(planned, plan)),
+            style="" if runs else "dim",
+        )
+    return table
+
+
+def plan_json(scenario: Scenario, plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
+    """The same as data: seconds per round, bytes on the rank that needs most."""
+    cells = [
+        {"id": p.cell.id, "key": p.cell.key, "status": p.status or "runs", "reason": p.reason, "estimated_s": p.seconds, "estimated_live_bytes": p.live_bytes}
+        for p in plan.cells
+    ]
+    return {"scenario": scenario.model_dump(mode="json"), "defaults": list(notes), "estimated_s": plan.seconds, "rounds": plan.rounds, "cells": cells}
+
+
+def strategies(machine: Machine) -> Table:
+    table = _table("strategy", "partitions", "what it does", "here", title="Strategies: attention across context-parallel ranks")
+    single_gpu = machine.device == "cuda" and machine.devices < 2
+    for strategy in STRATEGIES.values():
+        here = "needs 2 GPUs, this machine has 1" if single_gpu and strategy.name != "none" else "yes"
+        table.add_row(strategy.name, _default_first(strategy.partitions), strategy.summary, here)
+    return table
+
+
+def kernels(machine: Machine) -> Table:
+    """Asks every kernel about the machine's default dtype, which imports torch."""
+    dtype = str(DEVICE_DEFAULTS[machine.device]["dtype"])
+    config = PRESETS[str(DEVICE_DEFAULTS[machine.device]["model"])]
+    table = _table("kernel", "what it is", "here", title=f"Kernels: attention on one device ({machine.device}, {dtype}); auto takes the first that can run")
+    for name in KERNELS:
+        kernel = load_kernel(name)
+        reason = kernel.available(machine.device, dtype, config.head_dim, config.head_dim)
+        table.add_row(name, kernel.summary, f"no: {reason}" if reason else "yes")
+    return table
+
+
+def models(machine: Machine) -> Table:
+    columns = ["hidden", "layers", "heads", "kv heads", "head dim", "FFN", "vocabulary"]
+    table = _table("model", *((column, "right") for column in columns), "layers that fit here", title="Models: presets; --model also takes a Hugging Face config.json")
+    for config in PRESETS.values():
+        numbers = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.intermediate, config.vocab)
+        table.add_row(config.name, *(f"{number:,}" for number in numbers), _fitting_layers(config, machine))
+    return table
+
+
+def partitions(machine: Machine) -> Table:
+    table = _table("partition", "what a rank holds", "default of", title="Partitions: which tokens each context-parallel rank holds")
+    for name, function in PARTITIONS.items():
+        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
+        table.add_row(name, plain(first_line), ", ".join(strategy.name for strategy in STRATEGIES.values() if strategy.partitions[0] == name))
+    return table
+
+
+LISTS: dict[str, Callable[[Machine], Table]] = {"strategies": strategies, "kernels": kernels, "models": models, "partitions": partitions}
+
+
+def doctor_view(found: Sequence[Finding]) -> list[ConsoleRenderable | str]:
+    """One row per check, and the verdict."""
+    table = _table("check", "", "found", "what to do")
+    for finding in found:
+        table.add_row(finding.name, "ok" if finding.ok else "NO", plain(finding.detail), plain(finding.hint), style="" if finding.ok else "red")
+    bad = [finding.name for finding in found if not finding.ok]
+    return [table, f"Sweeps cannot run here: {', '.join(bad)}." if bad else "Sweeps can run here."]
+
+
+def _table(*columns: str | tuple[str, Justify], title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        header, justify = (column, "left") if isinstance(column, str) else column
+        table.add_column(header, justify="right" if justify == "right" else "left", vertical="top", overflow="fold")
+    return table
+
+
+def _note(planned: PlannedCell, plan: Plan) -> str:
+    if planned.status:
+        return f"{planned.status}: {planned.reason}"
+    size = planned.cell.world_size
+    return f"oversubscribed: {size * plan.threads_per_rank(size)} threads on {plan.cores} cores" if plan.oversubscribed(size) else ""
+
+
+def _default_first(names: Sequence[str]) -> str:
+    return ", ".join([f"{names[0]} (default)", *names[1:]]) if len(names) > 1 else names[0]
+
+
+def _fitting_layers(config: ModelConfig, machine: Machine) -> str:
+    """How many layers' weights one device holds beside embedding and head, in the machine's default dtype."""
+    dtype = str(DEVICE_DEFAULTS[machine.device]["dtype"])
+    layout, lengths = Layout(), (1,)
+    one = weights_bytes(Cell("prefill", config, 1, layout, "none", "contiguous", "auto", dtype, machine.device, lengths))
+    layer = config.layer_parameters() * DTYPE_BYTES[dtype]
+    memory = machine.gpu_memory_bytes if machine.device == "cuda" else machine.memory_bytes
+    fitting = min(config.layers, (memory - one) // layer + 1)
+    return f"{fitting} of {config.layers}" if fitting >= 1 else f"none: one needs {format_bytes(one)} for weights"

@@ -1,0 +1,236 @@
+"""How results look on a terminal: the table that `sweep` ends with and `show` prints, and the lines below it.
+
+Pure: a result and a width become renderables. What the numbers are is decided in rows.py. Files are untrusted, so every text from
+one is printed as it is, without markup and without control characters.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console, ConsoleRenderable
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from cpbench.report.rows import Group, Lengths, Row, group_rows
+from cpbench.results import FAILED, ResultFile
+from cpbench.units import format_bytes, format_count, format_seconds
+
+TIME_NAMES = {"prefill": "TTFT", "layer": "layer time", "attention": "attention time"}
+OVERSUBSCRIBED = "*"
+MAX_LOG_LINES = 12
+MAX_WIDTH = 1000
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. Where the table is too wide, the column with the lowest `keep` goes first; None never goes."""
+
+    header: str
+    text: Callable[[Row], str]
+    keep: int | None = None
+    justify: Literal["left", "right"] = "right"
+
+
+def result_view(result: ResultFile, console: Console) -> list[ConsoleRenderable]:
+    """Everything that is said about a result: tables that fit the console's width, marks explained, failures with their logs."""
+    groups = group_rows(result.cells, _cores(result.environment))
+    notes = Notes()
+    view: list[ConsoleRenderable] = []
+    for group in groups:
+        view += [plain(title(group), "bold"), table(group, notes, console)]
+    if not result.cells:
+        view.append(plain("No cell has been recorded."))
+    view += [plain(line) for line in footnotes(groups, notes, _cores(result.environment))]
+    view += [line for group in groups for row in group.rows if row.cell.status in FAILED for line in _log(row)]
+    return [*view, plain(_provenance(result), "dim")]
+
+
+def table(group: Group, notes: Notes, console: Console) -> Table:
+    """The rows of a group. Columns that do not fit are left out, the least important first."""
+    columns = _columns(group, notes)
+    made = _table(group, columns)
+    unlimited = console.options.update(width=MAX_WIDTH)
+    droppable = sorted((column for column in columns if column.keep is not None), key=lambda column: column.keep or 0)
+    for column in droppable:
+        if Measurement.get(console, unlimited, made).maximum <= console.width:
+            break
+        columns.remove(column)
+        made = _table(group, columns)
+    return made
+
+
+class Notes:
+    """Warnings of all cells, numbered once each."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def marks(self, row: Row) -> str:
+        """The marks of a row: `*` for oversubscribed, numbers for its warnings."""
+        for text in row.cell.warnings:
+            if text not in self.texts:
+                self.texts.append(text)
+        numbers = [str(self.texts.index(text) + 1) for text in dict.fromkeys(row.cell.warnings)]
+        return " ".join([*([OVERSUBSCRIBED] if row.cell.oversubscribed else []), *numbers])
+
+
+def _columns(group: Group, notes: Notes) -> list[Column]:
+    batches = group.lengths
+    seqs, counts = {sequence_label(lengths) for lengths in batches}, {len(lengths) for lengths in batches}
+    time = TIME_NAMES.get(str(group.common.get("target")), "time")
+    columns = [
+        Column("layout", lambda row: row.layout, justify="left"),
+        Column("strategy", lambda row: row.strategy, justify="left"),
+        Column("partition", lambda row: str(row.cell.key.get("partition")), keep=0, justify="left"),
+        Column("tokens\n/rank", lambda row: _count(row.cell.tokens_per_rank), keep=1),
+        Column(f"{time}\nmedian", lambda row: format_seconds(row.time.median if row.time else None)),
+        Column("95%\nCI", lambda row: _percent(row.half_width, sign="±"), keep=7),
+        Column("n", lambda row: str(row.time.n) if row.time else "-", keep=3),
+        Column("speed-up", lambda row: "baseline" if row.is_baseline else _ratio(row.speed_up, "x")),
+        Column("effi-\nciency", lambda row: _percent(row.efficiency, digits=0), keep=8),
+        Column("work\nbalance", lambda row: _ratio(row.balance), keep=2),
+        Column("peak mem\n/rank", lambda row: format_bytes(row.memory_bytes), keep=9),
+        Column("received\n/rank", lambda row: format_bytes(row.received_bytes), keep=6),
+        Column("error\nratio", lambda row: _ratio(row.cell.numerics.ratio if row.cell.numerics else None), keep=4),
+    ]
+    if len(counts) > 1:
+        columns.insert(0, Column("batch", lambda row: str(len(row.lengths))))
+    if len(seqs) > 1:
+        columns.insert(0, Column("seq", lambda row: sequence_label(row.lengths)))
+    if any(row.cell.status != "ok" for row in group.rows):
+        columns.append(Column("status", lambda row: row.cell.status, justify="left"))
+    marks = {row.cell.id: notes.marks(row) for row in group.rows}
+    if any(marks.values()):
+        columns.append(Column("notes", lambda row: marks[row.cell.id], justify="left"))
+    return columns
+
+
+def _table(group: Group, columns: Sequence[Column]) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column.header, justify=column.justify, no_wrap=True, vertical="bottom")
+    previous: Lengths | None = None
+    for row in group.rows:
+        if previous is not None and row.lengths != previous:
+            made.add_section()
+        previous = row.lengths
+        style = "" if row.cell.status == "ok" else "dim" if row.cell.status not in FAILED else "red"
+        made.add_row(*(plain(column.text(row)) for column in columns), style=style)
+    return made
+
+
+def title(group: Group) -> str:
+    """What all rows have in common: `TTFT of qwen3-tiny, 1 layer, float32 on cpu, 36k = 36,864 tokens`."""
+    common = group.common
+    layers = common.get("layers")
+    parts = [f"{TIME_NAMES.get(str(common.get('target')), 'time')} of {common.get('model')}"]
+    if common.get("target") == "prefill":
+        parts.append(f"{layers} layer" if layers == 1 else f"{layers} layers")
+    parts.append(f"{common.get('dtype')} on {common.get('device')}")
+    parts += [f"kernel {name}" for name in sorted({row.cell.kernel for row in group.rows if row.cell.kernel})]
+    lengths = group.lengths
+    if len({sequence_label(batch) for batch in lengths}) == 1 and lengths[0]:
+        parts.append(sequence_label(lengths[0], exact=True))
+    if len({len(batch) for batch in lengths}) == 1 and len(lengths[0]) > 1:
+        parts.append(f"batch {len(lengths[0])}")
+    options = common.get("options")
+    parts += [f"{name} {value}" for name, value in options.items()] if isinstance(options, dict) else []
+    return ", ".join(parts)
+
+
+def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Iterator[str]:
+    """The lines below the tables: baselines that are not cp1, marks, and the reason of every cell that is not ok."""
+    groups = list(groups)
+    for group in groups:
+        for lengths in group.lengths:
+            baseline = group.baseline(lengths)
+            if baseline and baseline.layout != "cp1":
+                yield f"{sequence_label(lengths)}: cp1 has no result; speed-up and efficiency compare with {baseline.label}."
+    if any(row.cell.oversubscribed for group in groups for row in group.rows):
+        on = f"the {cores} cores" if cores else "the cores"
+        yield f"{OVERSUBSCRIBED} oversubscribed: more threads than cores. Efficiency compares with what {on} could do, not the ranks."
+    yield from (f"{number} {text}" for number, text in enumerate(notes.texts, 1))
+    for group in groups:
+        for row in group.rows:
+            if row.cell.status != "ok":
+                yield f"{row_label(row, group)}: {row.cell.status}: {row.cell.reason or 'no reason recorded'}"
+
+
+def row_label(row: Row, group: Group) -> str:
+    """`cp4 ring`, with the lengths where rows of the group differ in them."""
+    batch = f" b{len(row.lengths)}" if len({len(lengths) for lengths in group.lengths}) > 1 else ""
+    return row.label + (f" {sequence_label(row.lengths)}{batch}" if len(group.lengths) > 1 else "")
+
+
+def closing_lines(result: ResultFile, file: Path) -> list[str]:
+    """Where the result is, and the next command to type."""
+    name = shlex.quote(str(file))
+    failed = [status for status in FAILED if status != "interrupted" and any(cell.status == status for cell in result.cells)]
+    lines = [f"Result: {file}"]
+    if not result.run.complete:
+        lines.append(f"Continue with: cpbench sweep --resume -o {name}")
+    elif failed:
+        lines.append(f"Try the failed cells again with: cpbench sweep --resume --retry {','.join(failed)} -o {name}")
+    else:
+        lines.append(f"See it again with: cpbench show {name}")
+    return lines
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text from a file or a user: no markup, and nothing that a terminal would obey."""
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text), style=style)
+
+
+def _log(row: Row) -> Iterator[Text]:
+    failure = row.cell.failure
+    if failure and failure.log_tail:
+        rank = f" of rank {failure.rank}" if failure.rank is not None else ""
+        yield plain(f"{row.label}: the end of the log{rank}:")
+        yield from (plain(f"  {line}", "dim") for line in failure.log_tail[-MAX_LOG_LINES:])
+
+
+def _provenance(result: ResultFile) -> str:
+    """Which software on which machine, when; the device as the file describes it."""
+    environment = result.environment
+    packages = environment.get("packages")
+    torch = packages.get("torch") if isinstance(packages, dict) else None
+    gpus = environment.get("gpus")
+    on_gpu = environment.get("device") == "cuda" and isinstance(gpus, list) and gpus
+    machine = (
+        f"{environment.get('devices')} x {gpus[0]}" if on_gpu and gpus else f"{environment.get('cores', '?')} cores, {environment.get('cpu') or 'unknown CPU'}"
+    )
+    state = "" if result.run.complete else "; not complete"
+    return f"{result.run.name}, {result.run.started}: cpbench {result.run.cpbench_version}, torch {torch or '?'}, {machine}{state}"
+
+
+def _cores(environment: dict[str, Any]) -> int | None:
+    cores = environment.get("cores")
+    return cores if isinstance(cores, int) and cores > 0 else None
+
+
+def sequence_label(lengths: Lengths, *, exact: bool = False) -> str:
+    """`36k`, or `36k = 36,864 tokens`; a batch of different lengths by its shortest and longest."""
+    shown = "-".join(format_count(length) for length in sorted({min(lengths), max(lengths)})) if lengths else "?"
+    if not exact:
+        return shown
+    number = f"{lengths[0]:,} tokens"
+    return shown + " tokens" if len(set(lengths)) > 1 else number if shown == str(lengths[0]) else f"{shown} = {number}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _ratio(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:.2f}{unit}"
+
+
+def _percent(value: float | None, *, sign: str = "", digits: int = 1) -> str:
+    return "-" if value is None else f"{sign}{value:.{digits}%}"
