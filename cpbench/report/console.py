@@ -15,7 +15,6 @@ from rich.console import Console, ConsoleRenderable
 from rich.text import Text
 
 from cpbench.errors import CpbenchError
-from cpbench.report.table import plain
 
 PIPE_WIDTH = 120
 
@@ -49,6 +48,11 @@ def show_error(error: CpbenchError) -> None:
     console.print(Text("error: ", style="bold red") + plain(error.message), soft_wrap=True)
     if error.hint:
         console.print(Text("hint:  ", style="bold") + plain(error.hint), soft_wrap=True)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text from a file or a user: no markup, and nothing that a terminal would obey."""
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text), style=style)
 
 
 def _width(terminal: bool) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from cpbench.models.config import ModelConfig
 from cpbench.models.presets import PRESETS
 from cpbench.partition import PARTITIONS
 from cpbench.plan import Plan, PlannedCell
-from cpbench.report.table import plain
+from cpbench.report.console import plain
 from cpbench.scenario import DEVICE_DEFAULTS, Scenario
 from cpbench.strategies import STRATEGIES
 from cpbench.units import format_bytes, format_count, format_seconds
@@ -43,7 +44,17 @@ def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Mac
 
 def plan_table(plan: Plan) -> Table:
     """Every cell with estimates of its time and memory, or why it will not run."""
-    table = _table(("#", "right"), "layout", "strategy", "partition", ("seq", "right"), ("batch", "right"), ("tokens\n/rank", "right"), ("est. time", "right"), ("est. mem\n/rank", "right"))
+    table = _table(
+        ("#", "right"),
+        "layout",
+        "strategy",
+        "partition",
+        ("seq", "right"),
+        ("batch", "right"),
+        ("tokens\n/rank", "right"),
+        ("est. time", "right"),
+        ("est. mem\n/rank", "right"),
+    )
     table.add_column("note", vertical="bottom", overflow="fold", max_width=60)
     for number, planned in enumerate(plan.cells, 1):
         cell = planned.cell
@@ -96,7 +107,9 @@ def kernels(machine: Machine) -> Table:
 
 def models(machine: Machine) -> Table:
     columns = ["hidden", "layers", "heads", "kv heads", "head dim", "FFN", "vocabulary"]
-    table = _table("model", *((column, "right") for column in columns), "layers that fit here", title="Models: presets; --model also takes a Hugging Face config.json")
+    table = _table(
+        "model", *((column, "right") for column in columns), "layers that fit here", title="Models: presets; --model also takes a Hugging Face config.json"
+    )
     for config in PRESETS.values():
         numbers = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.intermediate, config.vocab)
         table.add_row(config.name, *(f"{number:,}" for number in numbers), _fitting_layers(config, machine))
@@ -106,8 +119,8 @@ def models(machine: Machine) -> Table:
 def partitions(machine: Machine) -> Table:
     table = _table("partition", "what a rank holds", "default of", title="Partitions: which tokens each context-parallel rank holds")
     for name, function in PARTITIONS.items():
-        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
-        table.add_row(name, plain(first_line), ", ".join(strategy.name for strategy in STRATEGIES.values() if strategy.partitions[0] == name))
+        summary = re.sub(r" \([^()]*\)\.$", ".", (inspect.getdoc(function) or "").partition("\n")[0])  # without the source
+        table.add_row(name, plain(summary), ", ".join(strategy.name for strategy in STRATEGIES.values() if strategy.partitions[0] == name))
     return table
 
 
@@ -124,7 +137,9 @@ def doctor_view(found: Sequence[Finding]) -> list[ConsoleRenderable | str]:
 
 
 def _table(*columns: str | tuple[str, Justify], title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold"
+    )
     for column in columns:
         header, justify = (column, "left") if isinstance(column, str) else column
         table.add_column(header, justify="right" if justify == "right" else "left", vertical="top", overflow="fold")

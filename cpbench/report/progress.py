@@ -18,8 +18,9 @@ from rich.live import Live
 from rich.segment import Segment
 
 from cpbench.records import rounds_done
+from cpbench.report.console import plain
 from cpbench.report.rows import group_rows
-from cpbench.report.table import Notes, plain, sequence_label, table
+from cpbench.report.table import Notes, sequence_label, table
 from cpbench.results import CellResult, ResultFile
 from cpbench.stats import median, relative_half_width
 from cpbench.units import format_seconds

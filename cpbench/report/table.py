@@ -18,6 +18,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cpbench.report.console import plain
 from cpbench.report.rows import Group, Lengths, Row, group_rows
 from cpbench.results import FAILED, ResultFile
 from cpbench.units import format_bytes, format_count, format_seconds
@@ -181,11 +182,6 @@ def closing_lines(result: ResultFile, file: Path) -> list[str]:
     else:
         lines.append(f"See it again with: cpbench show {name}")
     return lines
-
-
-def plain(text: str, style: str = "") -> Text:
-    """Text from a file or a user: no markup, and nothing that a terminal would obey."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text), style=style)
 
 
 def _log(row: Row) -> Iterator[Text]:

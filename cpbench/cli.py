@@ -1,0 +1,268 @@
+"""The command line: parse, call, print, exit code. What is measured, decided and printed is in other modules.
+
+Nothing heavy is imported at the top, so that `cpbench --help` answers at once. Commands return their exit code. A CpbenchError becomes
+two lines on stderr; so does a flag that does not parse. A bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cpbench import __version__, options
+from cpbench.errors import INTERRUPTED, CpbenchError, unknown
+
+if TYPE_CHECKING:
+    from cpbench.environment import Machine
+    from cpbench.results import ResultFile
+    from cpbench.scenario import Scenario
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
+
+app = typer.Typer(
+    name="cpbench",
+    help="Benchmark context parallelism of LLM decoder layers. Lengths are binary: 36k = 36,864 tokens.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point. Ends the process with the exit code."""
+    try:
+        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = app(arguments, standalone_mode=False, prog_name="cpbench")
+        sys.stdout.flush()
+    except CpbenchError as error:
+        return _complain(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own complaints have it
+            raise
+        return _complain(_usage(error))
+    return int(code or 0)
+
+
+def _complain(error: CpbenchError) -> int:
+    from cpbench.report.console import show_error
+
+    show_error(error)
+    return error.exit_code
+
+
+def _usage(error: Any) -> CpbenchError:
+    """What typer says about the arguments, in our shape."""
+    where = getattr(getattr(error, "ctx", None), "command_path", None) or "cpbench"
+    message, _, near = str(error.format_message()).partition(" Did you mean ")
+    if possible := getattr(error, "possibilities", None):
+        message, near = f"No such option: {error.option_name}.", f"{possible[0]}?"
+    hint = f"Did you mean {near} See {where} --help." if near else f"See {where} --help."
+    return CpbenchError(f"{message.rstrip('.')}.", hint)
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: options.VERSION = False) -> None:
+    from cpbench.report.console import output, show
+
+    if version:
+        show(output(), [f"cpbench {__version__}"])
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise CpbenchError("A command is missing.", "The main one is cpbench sweep; all are in cpbench --help.")
+
+
+@app.command()
+def sweep(
+    scenario: options.SCENARIO = None,
+    seq: options.SEQ = None,
+    batch: options.BATCH = None,
+    cp: options.CP = None,
+    tp: options.TP = None,
+    strategy: options.STRATEGY = None,
+    model: options.MODEL = None,
+    target: options.TARGET = None,
+    layers: options.LAYERS = None,
+    dtype: options.DTYPE = None,
+    seed: options.SEED = None,
+    setting: options.SET = None,
+    rounds: options.ROUNDS = None,
+    budget: options.BUDGET = None,
+    cell_timeout: options.CELL_TIMEOUT = None,
+    resume: options.RESUME = False,
+    retry: options.RETRY = None,
+    force: options.FORCE = False,
+    output: options.OUTPUT = None,
+    dry_run: options.DRY_RUN = False,
+    as_json: options.JSON = False,
+    quiet: options.QUIET = False,
+) -> int:
+    """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
+    axes = {"seq": seq, "batch": batch, "cp": cp, "tp": tp, "strategies": strategy}
+    fields = {"model": model, "target": target, "layers": layers, "dtype": dtype, "seed": seed, "rounds": rounds}
+    limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
+    given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}
+    if resume:
+        _refuse_with_resume([*given, *(["scenario"] if scenario else []), *(["set"] if setting else []), *(["dry-run"] if dry_run else [])])
+        return _run_job(_resumed(output, limits, retry, force), as_json, quiet)
+    for name in (["--retry"] if retry is not None else []) + (["--force"] if force else []):
+        raise CpbenchError(f"{name} is for sweeps that are continued.", "Add --resume, or leave it out.")
+    job = _fresh(scenario, given, limits, setting or [], output)
+    return _dry_run(job, as_json) if dry_run else _run_job(job, as_json, quiet)
+
+
+@app.command()
+def show(file: options.FILE, as_json: options.JSON = False) -> int:
+    """Show a result as a table."""
+    from cpbench.results import read
+
+    _print_result(read(file), as_json)
+    return 0
+
+
+@app.command("list")
+def list_(what: options.LIST = None) -> int:
+    """List what there is, and why something cannot be used here."""
+    from cpbench.environment import detect_machine
+    from cpbench.report import console
+    from cpbench.report.listing import LISTS
+
+    if what is not None and what not in LISTS:
+        raise unknown("list", what, LISTS)
+    machine = detect_machine()
+    out = console.output()
+    for number, name in enumerate([what] if what else LISTS):
+        console.show(out, [*([""] if number else []), LISTS[name](machine)])
+    return 0
+
+
+@app.command()
+def doctor() -> int:
+    """Check this machine: can it run a sweep, and on what? Exit code 1 if it cannot."""
+    from cpbench.doctor import findings
+    from cpbench.environment import detect_machine
+    from cpbench.report import console
+    from cpbench.report.listing import doctor_view
+
+    found = findings(detect_machine())
+    console.show(console.output(), doctor_view(found))
+    return 0 if all(finding.ok for finding in found) else 1
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A sweep that is ready to start."""
+
+    scenario: Scenario
+    machine: Machine
+    output: Path
+    notes: list[str]
+    resume: ResultFile | None = None
+    retry: tuple[str, ...] = ("interrupted",)
+
+
+def _fresh(file: Path | None, fields: dict[str, str], limits: dict[str, str], settings: list[str], output: Path | None) -> _Job:
+    """What the flags say over what the file says over what the machine suggests."""
+    from datetime import UTC, datetime
+
+    from cpbench.environment import detect_machine
+    from cpbench.resume import RESULTS
+    from cpbench.scenario import override, parse_scenario, read_yaml, resolve
+
+    data: dict[str, Any] = {**(read_yaml(file) if file else {}), **fields}
+    for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
+        data = override(data, setting)
+    machine = detect_machine()
+    scenario, notes = resolve(parse_scenario(data), machine)
+    name = f"{scenario.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    return _Job(scenario, machine, output or RESULTS / name, notes)
+
+
+def _resumed(output: Path | None, limits: dict[str, str], retry: str | None, force: bool) -> _Job:
+    from cpbench import resume
+    from cpbench.environment import detect_machine
+
+    statuses = resume.retried("interrupted" if retry is None else retry)
+    file, result = resume.find(output)
+    scenario, machine = resume.scenario_of(result, file, limits), detect_machine()
+    if not force:
+        resume.require_same_machine(result, machine)
+    return _Job(scenario, machine, file, result.run.defaults, result, statuses)
+
+
+def _refuse_with_resume(given: list[str]) -> None:
+    flags = {"strategies": "strategy"}
+    if given:
+        flag = f"--{flags.get(given[0], given[0])}"
+        raise CpbenchError(f"--resume reads what to measure from the file and cannot be combined with {flag}.", f"Leave {flag} out, or start a new sweep.")
+
+
+def _run_job(job: _Job, as_json: bool, quiet: bool) -> int:
+    """Run, print, and say how it went."""
+    from cpbench import resume
+    from cpbench.driver import exit_code, run_sweep
+    from cpbench.plan import make_plan
+    from cpbench.report import console
+    from cpbench.report.listing import plan_echo
+    from cpbench.report.progress import Silent, progress_on
+    from cpbench.report.table import closing_lines
+
+    plan = make_plan(job.scenario, job.machine)
+    messages = console.messages()
+    if not quiet:
+        continued = job.resume and [resume.describe(job.resume, job.output, job.retry)]
+        console.show(messages, continued or plan_echo(job.scenario, plan, job.notes, job.machine))
+    result = run_sweep(
+        job.scenario,
+        plan,
+        job.machine,
+        job.output,
+        argv=sys.argv[1:],
+        notes=job.notes,
+        progress=Silent() if quiet else progress_on(messages, job.machine.cores),
+        resume=job.resume,
+        retry=job.retry,
+    )
+    _print_result(result, as_json)
+    console.show(messages if as_json else console.output(), [] if as_json and quiet else closing_lines(result, job.output))
+    return exit_code(result)
+
+
+def _dry_run(job: _Job, as_json: bool) -> int:
+    import json
+
+    from cpbench.plan import make_plan
+    from cpbench.report import console
+    from cpbench.report.listing import plan_echo, plan_json, plan_table
+
+    plan = make_plan(job.scenario, job.machine)
+    if as_json:
+        sys.stdout.write(json.dumps(plan_json(job.scenario, plan, job.notes), indent=1) + "\n")
+        return 0
+    echo = plan_echo(job.scenario, plan, job.notes, job.machine)
+    console.show(console.output(), [*echo[:-1], plan_table(plan), f"{echo[-1]}. Nothing was run."])
+    return 0
+
+
+def _print_result(result: ResultFile, as_json: bool) -> None:
+    from cpbench.report import console
+    from cpbench.report.table import result_view
+
+    if as_json:
+        sys.stdout.write(result.model_dump_json(by_alias=True, indent=1) + "\n")
+        return
+    out = console.output()
+    console.show(out, result_view(result, out))
