@@ -17,16 +17,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from cpbench.buffers import Buffers
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.kernels import load_kernel
-from cpbench.kernels.accumulate import Accumulator
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.program import Program, alone
@@ -85,7 +84,7 @@ def reference(shape: str, groups: Groups) -> Callable[[], None]:
     tokens = program.cell.tokens
     blocks = 8 if tokens >= 32768 else 4
     ends = [tokens * index // blocks for index in range(blocks + 1)]
-    plan = tuple(Segment(Span(a, b), (Span(0, a),) if a else (), Span(a, b)) for a, b in zip(ends, ends[1:], strict=False))
+    plan = tuple(Segment(Span(a, b), (Span(0, a),) if a else (), Span(a, b)) for a, b in pairwise(ends))
     program.attention = replace(program.attention, plan=plan)
 
     def run() -> None:

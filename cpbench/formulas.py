@@ -64,9 +64,9 @@ def live_bytes(cell: Cell, rank: int) -> int:
     heads, kv_heads, dim = cell.heads, cell.kv_heads, config.head_dim
     q, rows = n * heads * dim * size, n * 2 * kv_heads * dim * size
     held_layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
-    kept = (extra.get("cache", 0) + (rows if strategy.keeps_local_rows else 0)) * held_layers
-    fixed = kept + extra.get("buffers", 0) + (0 if strategy.keeps_local_rows else rows) + extra.get("merge", 0)
-    attend = q + extra.get("transient", q)
+    kept = (extra.cache + (rows if strategy.keeps_local_rows else 0)) * held_layers
+    fixed = kept + extra.buffers + (0 if strategy.keeps_local_rows else rows)
+    attend = q + extra.transient
     if cell.target == "attention":
         return fixed + attend
     residual = n * config.hidden * size

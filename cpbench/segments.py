@@ -19,6 +19,7 @@ from typing import NamedTuple
 from cpbench.partition import Block
 
 MERGE_BLOCK = 1 << 17  # values of partial results merged at a time: in fp32 half a megabyte, inside a core's second-level cache
+MIN_ROWS_TO_COPY = 512  # query rows from which on copying K and V head by head costs the CPU kernel less than it saves
 
 
 class Span(NamedTuple):
@@ -81,14 +82,12 @@ def causal_segments(queries: Sequence[PlacedBlock], keys: Sequence[PlacedBlock])
     return tuple(segments)
 
 
-def without_own(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """The segments less their causal squares: what a rank computes with rows that other ranks sent."""
-    return tuple(Segment(s.queries, s.full) for s in segments if s.full)
-
-
-def only_own(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """The causal squares alone: what a rank can compute before anything has arrived."""
-    return tuple(Segment(s.queries, (), s.causal) for s in segments if s.causal)
+def by_queries(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Segments without causal squares, those of equal query rows made one, and their adjacent key ranges with them."""
+    full: dict[Span, list[Span]] = {}
+    for segment in segments:
+        full.setdefault(segment.queries, []).extend(segment.full)
+    return tuple(Segment(queries, _joined(spans)) for queries, spans in full.items())
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -151,8 +151,6 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     if on_cpu:
         program.set_kernel(OneBlock(kernel))
     program.prepare()
-    program.run()  # buffers are made on the first pass; the peak of a pass is that of every later one
-    program.prepare()
     groups.recorder.reset()
     peaks = measure_peaks(program.run, device, program.tensors)
     received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)

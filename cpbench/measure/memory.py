@@ -2,8 +2,8 @@
 
 `LiveTensors` counts the storages that are alive, from a dispatch mode: what formulas and projections are held against. The profiler adds
 what kernels allocate inside an operator. Both run in a pass that is not timed. On CPU that pass computes one block of rows per attention
-call and leaves the rest of the output zero: a kernel allocates the same for one block as for all, and the arithmetic would take as long
-as a timed pass.
+call and leaves the rest of the output zero: a kernel's workspace depends on its block, not on how many there are, and the arithmetic would
+take as long as a timed pass.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ from torch.utils._pytree import tree_leaves
 
 from cpbench.kernels.base import Kernel
 from cpbench.measure.device import Device
+from cpbench.segments import MIN_ROWS_TO_COPY
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = MIN_ROWS_TO_COPY  # fewer rows would spare the kernel its copies of K and V
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages alive on a device, and the moment they were most. Storages in `held` are counted from the start."""
+    """Bytes of the storages alive on a device, and the moment they were most.
+
+    What `held` lists at the end (weights, caches, reused buffers) outlives the pass and is counted as alive all along, also where
+    this pass was the one that made it: so the peak is that of every later pass.
+    """
 
     def __init__(self, device: torch.device, held: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         super().__init__()
         self._device = device
         self._held = held
-        self._sizes: dict[int, int] = {}
-        self.live = 0
+        self._alive: dict[int, tuple[int, int]] = {}  # address -> (serial number, bytes); addresses are used again, numbers are not
+        self._changes: list[tuple[int, int]] = []  # (serial number, bytes that came or went), in order
         self.peak = 0
-        self._at_peak: dict[int, int] = {}
+        self.by_category: dict[str, int] = {}
         for _, tensor in held():
             self._see(tensor)
+        self.started_with = sum(size for _, size in self._alive.values())
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,31 +59,35 @@ class LiveTensors(TorchDispatchMode):
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, value, trace)
-        self._categories = {tensor.untyped_storage()._cdata: category for category, tensor in self._held()}
+        lasting: set[int] = set()
+        categories: Counter[str] = Counter()
+        for category, tensor in self._held():
+            self._see(tensor)
+            number, size = self._alive.get(tensor.untyped_storage()._cdata, (-1, 0))
+            if number >= 0 and number not in lasting:
+                lasting.add(number)
+                categories[category] += size
+        level = passing = 0
+        for number, change in self._changes:
+            level += 0 if number in lasting else change
+            passing = max(passing, level)
+        categories["activations"] += passing
+        self.by_category = dict(categories)
+        self.peak = sum(categories.values())
 
     def _see(self, tensor: Tensor) -> None:
         if tensor.device != self._device:
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes:
-            return
-        size = storage.nbytes()
-        self._sizes[key] = size
-        weakref.finalize(storage, self._forget, key).atexit = False
-        self.live += size
-        if self.live > self.peak:
-            self.peak, self._at_peak = self.live, dict(self._sizes)
+        if key not in self._alive:
+            self._alive[key] = (len(self._changes), storage.nbytes())
+            self._changes.append((len(self._changes), storage.nbytes()))
+            weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-
-    def by_category(self) -> dict[str, int]:
-        """What was alive at the peak; storages that nobody holds between passes are activations."""
-        total: Counter[str] = Counter()
-        for key, size in self._at_peak.items():
-            total[self._categories.get(key, "activations")] += size
-        return dict(total)
+        number, size = self._alive.pop(key)
+        self._changes.append((number, -size))
 
 
 class OneBlock(Kernel):
@@ -108,14 +118,14 @@ def measure_peaks(run: Callable[[], object], device: Device, held: Callable[[], 
     allocated = _AllocatorPeak() if on_cpu else None
     device.reset_peaks()
     tracker = LiveTensors(device.torch_device, held)
-    before = tracker.live
+    before = tracker.started_with
     with tracker:
         if allocated is not None:
             with allocated:
                 run()
         else:
             run()
-    peaks: dict[str, Any] = {"peak_live_bytes": tracker.peak, "by_category": tracker.by_category(), **device.peaks()}
+    peaks: dict[str, Any] = {"peak_live_bytes": tracker.peak, "by_category": tracker.by_category, **device.peaks()}
     if allocated is not None:
         peaks["peak_allocator_bytes"] = before + allocated.peak()
     return peaks

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import Context, Strategy, merge_memory, row_values
+from cpbench.segments import Segment, by_queries, causal_segments, place
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,9 @@ class AllGather(Strategy):
     def plan(self, cell: Cell, rank: int) -> GatherPlan:
         split = cell.split
         own = place(split.ranks[rank])
-        others = [block for source, blocks in enumerate(split.ranks) if source != rank for block in place(blocks, source * split.max_rows)]
-        return GatherPlan(causal_segments(own, own), causal_segments(own, others), split.max_rows)
+        arrived = [place(blocks, source * split.max_rows) for source, blocks in enumerate(split.ranks) if source != rank]
+        remote = [segment for blocks in arrived for segment in causal_segments(own, blocks)]
+        return GatherPlan(causal_segments(own, own), by_queries(remote), split.max_rows)
 
     def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, layer: int) -> Tensor:
         from cpbench.kernels.accumulate import Accumulator
@@ -69,7 +70,9 @@ class AllGather(Strategy):
         traffic.add("cp", "all_gather", (cp - 1) * cell.split.max_rows * row_values(cell) * cell.element_bytes)
         return traffic
 
-    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
+    def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         split, row = cell.split, row_values(cell) * cell.element_bytes
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
-        return {"cache": cell.layout.cp * split.max_rows * row, "buffers": padded, **merge_memory(cell, rank, self.plan(cell, rank).remote)}
+        plan = self.plan(cell, rank)
+        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), [*plan.own, *plan.remote])
+        return AttentionMemory(cell.layout.cp * split.max_rows * row, padded + buffers, transient)

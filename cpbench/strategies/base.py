@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import too_short
-from cpbench.segments import MERGE_BLOCK, Segment
+from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -72,8 +72,8 @@ class Strategy(ABC):
         return cell.split.causal_pairs(rank) * cell.heads
 
     @abstractmethod
-    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
-        """Bytes this strategy adds on a rank: `cache` per layer, `buffers` for good, `transient` during `attend` beside q and rows."""
+    def memory(self, cell: Cell, rank: int) -> AttentionMemory:
+        """Bytes that this strategy adds on rank `rank`."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,41 @@ def row_values(cell: Cell) -> int:
     return 2 * cell.kv_heads * cell.config.head_dim
 
 
-def merge_memory(cell: Cell, rank: int, merged: Sequence[Segment]) -> dict[str, int]:
-    """Bytes of merging the results of `merged` into one that covers all rows: two outputs, and in a narrow dtype an fp32 accumulator.
+@dataclass(frozen=True)
+class AttentionMemory:
+    """Bytes that a strategy adds on a rank: kept K/V per layer, buffers for good, and what is alive during `attend` beside q and rows."""
 
-    The terms are those of accumulate.py: output, log-sum-exp and one block of scratch, all in fp32.
+    cache: int = 0
+    buffers: int = 0
+    transient: int = 0
+
+
+def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Sequence[Segment]) -> tuple[int, int]:
+    """(buffers, transient) of running `segments` in this order into one result of `rows` rows.
+
+    `shards`: query and kv heads of the call. One call: its output. More: the first output and the latest one, and an fp32 accumulator
+    where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of K and V.
     """
-    rows, width = cell.split.rows(rank), cell.heads * cell.config.head_dim
-    piece = max((segment.queries.rows for segment in merged), default=0)
-    if cell.element_bytes >= 4 or not piece:
-        return {"merge": 0, "transient": (rows + piece) * width * cell.element_bytes}
-    block = min(piece, max(1, MERGE_BLOCK // width)) * width
-    return {"merge": 4 * (rows * (width + cell.heads) + block), "transient": (rows + piece) * width * cell.element_bytes}
+    heads, _ = shards
+    row, size = heads * cell.config.head_dim, cell.element_bytes
+    spans = [(s.queries.rows, span.rows) for s in segments for span in ([s.causal] if s.causal else []) + list(s.full)]
+    costs = [queries * row * size + _copied(cell, queries, keys, shards) for queries, keys in spans]
+    if len(spans) == 1:
+        return 0, costs[0]
+    whole, narrow = segments[0].queries.rows == rows, size < 4
+    accumulator = 4 * rows * (row + heads) if narrow or not whole else 0
+    largest = max(queries for queries, _ in spans[1:])
+    scratch = 4 * min(largest, max(1, MERGE_BLOCK // row)) * row if narrow else 0
+    first = rows * row * size if whole else 0  # in a narrow dtype it is gone once the accumulator has it
+    return accumulator + scratch, max(costs[0], first + costs[1], (0 if narrow else first) + max(costs[1:]))
+
+
+def _copied(cell: Cell, queries: int, keys: int, shards: tuple[int, int]) -> int:
+    """Bytes of K and V that a kernel copies for one call: head by head on CPU, repeated to all query heads by the fused CUDA operators."""
+    value = 2 * cell.config.head_dim * cell.element_bytes
+    if cell.device == "cpu":
+        return keys * shards[1] * value if queries >= MIN_ROWS_TO_COPY else 0
+    return keys * shards[0] * value if shards[0] > shards[1] else 0
 
 
 def nearest_divisor(size: int, of: int) -> int:

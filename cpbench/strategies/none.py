@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import Context, Strategy
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,5 +38,5 @@ class NoParallelism(Strategy):
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         return Traffic()
 
-    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
-        return {}
+    def memory(self, cell: Cell, rank: int) -> AttentionMemory:
+        return AttentionMemory(0, *calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank)))

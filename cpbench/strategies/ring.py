@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import Context, Strategy, merge_memory, row_values
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,10 @@ class Ring(Strategy):
         traffic.add("cp", "send_recv", received * row_values(cell) * cell.element_bytes, cell.layout.cp - 1)
         return traffic
 
-    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
+    def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         split, cp = cell.split, cell.layout.cp
         arriving = [split.rows((rank - step) % cp) for step in range(1, cp)]
         rows = max(arriving[0::2]) + max(arriving[1::2], default=0)  # the two buffers alternate
-        merged = [segment for step in self.plan(cell, rank)[1:] for segment in step.segments]
-        return {"buffers": rows * row_values(cell) * cell.element_bytes, **merge_memory(cell, rank, merged)}
+        segments = [segment for step in self.plan(cell, rank) for segment in step.segments]
+        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), segments)
+        return AttentionMemory(0, rows * row_values(cell) * cell.element_bytes + buffers, transient)

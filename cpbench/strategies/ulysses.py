@@ -19,7 +19,7 @@ from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Split, contiguous
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import Context, Strategy, nearest_divisor
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, nearest_divisor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,15 +132,16 @@ class Ulysses(Strategy):
         whole = Split(cell.lengths, (tuple(contiguous(cell.lengths, 1)[0]),))
         return whole.causal_pairs(0) * (cell.heads // cell.layout.cp)
 
-    def memory(self, cell: Cell, rank: int) -> dict[str, int]:
+    def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         cp, dim = cell.layout.cp, cell.config.head_dim * cell.element_bytes
         shards, total, n = head_shards(cell.heads, cell.kv_heads, cp), cell.tokens, cell.split.rows(rank)
         q, kv = shards.q_heads * dim, 2 * shards.kv_heads * dim
+        buffers, attend = calls_memory(cell, total, (shards.q_heads, shards.kv_heads), self.plan(cell, rank).segments)
         reordered = total * (q + kv) if cell.partition != "contiguous" else 0
         own = n * cp * q if shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
         # sent and received q, sent K|V, received output; the dense output of all tokens, then that of own tokens beside it
-        transient = total * q + max(reordered, own)
-        return {"cache": total * kv, "buffers": n * cp * (q + kv) + total * q + n * cp * q, "transient": transient}
+        sent = n * cp * (q + kv) + total * q + n * cp * q
+        return AttentionMemory(total * kv, sent + buffers, max(attend + reordered, total * q + own))
 
 
 def _index(order: tuple[range, ...], like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpbench.partition import PARTITIONS, Block, split
-from cpbench.segments import Segment, Span, causal_segments, only_own, place, without_own
+from cpbench.segments import Segment, Span, by_queries, causal_segments, place
 
 batches = st.integers(2, 6).flatmap(lambda cp: st.tuples(st.just(cp), st.lists(st.integers(2 * cp, 60), min_size=1, max_size=3).map(tuple)))
 
@@ -35,7 +35,8 @@ def test_segments_compute_every_visible_pair_once_and_no_other(name, batch, data
     visible = sorted((q, k) for (q, (sq, pq)), (k, (sk, pk)) in itertools.product(rows(queries).items(), rows(keys).items()) if sq == sk and pk <= pq)
     assert computed == visible
     assert sum(segment.pairs for segment in segments) == len(computed)
-    assert sorted(pairs([*only_own(segments), *without_own(segments)])) == computed
+    if rank != source:
+        assert sorted(pairs(by_queries(segments))) == computed
 
 
 @pytest.mark.parametrize("cp", [2, 4, 8])
@@ -64,3 +65,12 @@ def test_a_whole_sequence_is_one_causal_square():
 def test_blocks_that_overlap_are_a_bug_that_shows():
     with pytest.raises(ValueError, match="overlaps"):
         causal_segments([(Block(0, 10, 20), 0)], [(Block(0, 5, 15), 0)])
+
+
+@pytest.mark.parametrize("cp", [2, 4, 8])
+def test_gathered_rows_take_one_call_per_earlier_rank_and_one_for_all_later_ones(cp):
+    shards = split("zigzag", (16 * cp,), cp)
+    for rank in range(cp):
+        arrived = [place(shards.ranks[source], 16 * source) for source in range(cp) if source != rank]
+        segments = by_queries(segment for blocks in arrived for segment in causal_segments(place(shards.ranks[rank]), blocks))
+        assert sum(len(segment.full) for segment in segments) == rank + (rank < cp - 1)
