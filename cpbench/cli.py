@@ -36,13 +36,14 @@ app = typer.Typer(
 def main(arguments: list[str] | None = None) -> None:
     """The entry point. Ends the process with the exit code."""
     try:
-        sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
 
 
-def _run(arguments: list[str]) -> int:
+def run(arguments: list[str]) -> int:
+    """One command in this process. Returns its exit code; errors have been printed."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="cpbench")
         sys.stdout.flush()
@@ -246,14 +247,14 @@ def _dry_run(job: _Job, as_json: bool) -> int:
 
     from cpbench.plan import make_plan
     from cpbench.report import console
-    from cpbench.report.listing import plan_echo, plan_json, plan_table
+    from cpbench.report.listing import plan_echo, plan_json, plan_view
 
     plan = make_plan(job.scenario, job.machine)
     if as_json:
         sys.stdout.write(json.dumps(plan_json(job.scenario, plan, job.notes), indent=1) + "\n")
         return 0
     echo = plan_echo(job.scenario, plan, job.notes, job.machine)
-    console.show(console.output(), [*echo[:-1], plan_table(plan), f"{echo[-1]}. Nothing was run."])
+    console.show(console.output(), [*echo[:-1], *plan_view(plan, job.machine), f"{echo[-1]}. Nothing was run."])
     return 0
 
 

@@ -57,4 +57,4 @@ JSON = _flag(_OUTPUT, "--json", "Print JSON instead of a table.")
 QUIET = _flag(_OUTPUT, "--quiet -q", "Print only the result.")
 VERSION = _flag("Options", "--version", "Print the version and exit.")
 FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A result file, or the journal of an unfinished one.", show_default=False)]
-LIST = Annotated[str | None, typer.Argument(metavar="[WHAT]", help="strategies, kernels, models or partitions; all without it.", show_default=False)]
+LIST = Annotated[str | None, typer.Argument(metavar="WHAT", help="strategies, kernels, models or partitions; all without it.", show_default=False)]

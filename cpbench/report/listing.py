@@ -22,9 +22,10 @@ from cpbench.models.presets import PRESETS
 from cpbench.partition import PARTITIONS
 from cpbench.plan import Plan, PlannedCell
 from cpbench.report.console import plain
+from cpbench.report.table import rough_seconds
 from cpbench.scenario import DEVICE_DEFAULTS, Scenario
 from cpbench.strategies import STRATEGIES
-from cpbench.units import format_bytes, format_count, format_seconds
+from cpbench.units import format_bytes, format_count
 
 Justify = Literal["left", "right"]
 
@@ -32,18 +33,19 @@ Justify = Literal["left", "right"]
 def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Machine) -> list[str]:
     """What is about to be measured, what the defaults chose, and how long it will take."""
     sizes = ", ".join(map(str, plan.world_sizes)) or "none"
-    cells = f"{len(plan.runnable)} of {len(plan.cells)} cells" if len(plan.runnable) < len(plan.cells) else f"{len(plan.cells)} cells"
+    total = "1 cell" if len(plan.cells) == 1 else f"{len(plan.cells)} cells"
+    cells = f"{len(plan.runnable)} of {total}" if len(plan.runnable) < len(plan.cells) else total
     rounds = f" x {plan.rounds} rounds" if plan.rounds > 1 else ""
     memory = max((planned.live_bytes for planned in plan.runnable), default=0)
     return [
         f"{scenario.target} of {scenario.model} on {scenario.device}: {describe(machine)}",
         *(f"  {note}" for note in notes),
-        f"{cells}{rounds}, world sizes {sizes}: about {format_seconds(float(round(plan.seconds)))}, up to {format_bytes(memory)} per rank",
+        f"{cells}{rounds}, world sizes {sizes}: about {rough_seconds(plan.seconds)}, up to {format_bytes(memory)} per rank",
     ]
 
 
-def plan_table(plan: Plan) -> Table:
-    """Every cell with estimates of its time and memory, or why it will not run."""
+def plan_view(plan: Plan, machine: Machine) -> list[ConsoleRenderable | str]:
+    """Every cell with estimates of its time and memory, and below why some will not run or may fail."""
     table = _table(
         ("#", "right"),
         "layout",
@@ -54,11 +56,14 @@ def plan_table(plan: Plan) -> Table:
         ("tokens\n/rank", "right"),
         ("est. time", "right"),
         ("est. mem\n/rank", "right"),
+        "note",
     )
-    table.add_column("note", vertical="bottom", overflow="fold", max_width=60)
+    reasons: dict[str, list[str]] = {}
     for number, planned in enumerate(plan.cells, 1):
-        cell = planned.cell
-        runs = planned.status is None
+        cell, runs = planned.cell, planned.status is None
+        note, reason = _note(planned, plan, machine)
+        if reason:
+            reasons.setdefault(f"{note}: {reason}", []).append(str(number))
         table.add_row(
             str(number),
             str(cell.layout),
@@ -67,12 +72,12 @@ def plan_table(plan: Plan) -> Table:
             format_count(max(cell.lengths)),
             str(len(cell.lengths)),
             f"{cell.split.max_rows:,}" if runs else "-",
-            format_seconds(planned.seconds) if runs else "-",
+            rough_seconds(planned.seconds) if runs else "-",
             format_bytes(planned.live_bytes) if runs else "-",
-            plain(_note(planned, plan)),
+            note,
             style="" if runs else "dim",
         )
-    return table
+    return [table, *(f"{', '.join(numbers)}: {reason}" for reason, numbers in reasons.items())]
 
 
 def plan_json(scenario: Scenario, plan: Plan, notes: Sequence[str]) -> dict[str, Any]:
@@ -146,11 +151,18 @@ def _table(*columns: str | tuple[str, Justify], title: str | None = None) -> Tab
     return table
 
 
-def _note(planned: PlannedCell, plan: Plan) -> str:
+def _note(planned: PlannedCell, plan: Plan, machine: Machine) -> tuple[str, str]:
+    """What is special about a cell: a word for its row, and the reason for below the table."""
     if planned.status:
-        return f"{planned.status}: {planned.reason}"
+        return planned.status, planned.reason or ""
     size = planned.cell.world_size
-    return f"oversubscribed: {size * plan.threads_per_rank(size)} threads on {plan.cores} cores" if plan.oversubscribed(size) else ""
+    needed, there = planned.live_bytes * size, machine.memory_bytes
+    if plan.device == "cuda":
+        needed, there = planned.live_bytes, machine.gpu_memory_bytes
+    if needed > there:
+        return "may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"
+    threads = size * plan.threads_per_rank(size)
+    return ("oversubscribed", f"{threads} threads on {plan.cores} cores") if plan.oversubscribed(size) else ("", "")
 
 
 def _default_first(names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from rich.segment import Segment
 from cpbench.records import rounds_done
 from cpbench.report.console import plain
 from cpbench.report.rows import group_rows
-from cpbench.report.table import Notes, sequence_label, table
+from cpbench.report.table import Notes, rough_seconds, sequence_label, table
 from cpbench.results import CellResult, ResultFile
 from cpbench.stats import median, relative_half_width
 from cpbench.units import format_seconds
@@ -86,7 +86,7 @@ class Follow(Silent):
 
     def line(self) -> str:
         """`cell 4/10 · cp4 ring 36k · pass 3 · 4.61 s · left 1m40`."""
-        left = f"left {format_seconds(float(round(self._left)))}" if self._left is not None else f"{self.clock() - self._since:.0f} s"
+        left = f"left {rough_seconds(self._left)}" if self._left is not None else f"{self.clock() - self._since:.0f} s"
         return " · ".join(part for part in (self._where, self._pass, left) if part)
 
     def _now(self, where: str, doing: str = "") -> None:

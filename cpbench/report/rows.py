@@ -70,7 +70,7 @@ class Group:
 
 
 def group_rows(cells: Iterable[CellResult], cores: int | None) -> list[Group]:
-    """Rows in groups, in the order of the cells. `cores` are those that the run could use; None: not known, then no CPU efficiency."""
+    """Rows in groups, by lengths and then in the order of the cells. `cores` are those that the run could use; None: not known, then no CPU efficiency."""
     groups: dict[str, list[CellResult]] = {}
     for cell in cells:
         groups.setdefault(json.dumps(_common(cell), sort_keys=True), []).append(cell)
@@ -92,13 +92,18 @@ def _lengths(cell: CellResult) -> Lengths:
 
 
 def _rows(cells: Sequence[CellResult], cores: int | None) -> list[Row]:
-    baselines = {lengths: _baseline(cells, lengths) for lengths in dict.fromkeys(map(_lengths, cells))}
-    return [_row(cell, baselines[_lengths(cell)], cores) for cell in cells]
+    """By lengths, then as they come."""
+    rows = []
+    for lengths in dict.fromkeys(map(_lengths, cells)):
+        same = [cell for cell in cells if _lengths(cell) == lengths]
+        baseline = _baseline(same)
+        rows += [_row(cell, baseline, cores) for cell in same]
+    return rows
 
 
-def _baseline(cells: Sequence[CellResult], lengths: Lengths) -> CellResult | None:
+def _baseline(cells: Sequence[CellResult]) -> CellResult | None:
     """The smallest layout that ended well: fewest ranks, then the smallest cp, then the first."""
-    timed = [cell for cell in cells if _lengths(cell) == lengths and cell.status == "ok" and time_of(cell)]
+    timed = [cell for cell in cells if cell.status == "ok" and time_of(cell)]
     return min(timed, key=lambda cell: (cell.world_size, _context_parallel(cell)), default=None)
 
 

@@ -156,8 +156,8 @@ def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Itera
                 yield f"{sequence_label(lengths)}: cp1 has no result; speed-up and efficiency compare with {baseline.label}."
     if any(row.cell.oversubscribed for group in groups for row in group.rows):
         on = f"the {cores} cores" if cores else "the cores"
-        yield f"{OVERSUBSCRIBED} oversubscribed: more threads than cores. Efficiency compares with what {on} could do, not the ranks."
-    yield from (f"{number} {text}" for number, text in enumerate(notes.texts, 1))
+        yield f"{OVERSUBSCRIBED}: oversubscribed, more threads than cores. Efficiency compares with what {on} could do, not the ranks."
+    yield from (f"{number}: {text}" for number, text in enumerate(notes.texts, 1))
     for group in groups:
         for row in group.rows:
             if row.cell.status != "ok":
@@ -182,6 +182,11 @@ def closing_lines(result: ResultFile, file: Path) -> list[str]:
     else:
         lines.append(f"See it again with: cpbench show {name}")
     return lines
+
+
+def rough_seconds(seconds: float) -> str:
+    """An estimate: whole seconds, minutes from 2 min on."""
+    return format_seconds(seconds) if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _log(row: Row) -> Iterator[Text]:

@@ -1,0 +1,92 @@
+"""What the numbers of a row are: baseline, speed-up, efficiency, balance, memory."""
+
+from __future__ import annotations
+
+import pytest
+
+from cpbench.records import not_measured
+from cpbench.report.rows import group_rows
+from cpbench.results import CellResult
+
+from .samples import CORES, make_cell, measured
+
+
+def only_group(cells: list[CellResult], cores: int | None = CORES) -> list:  # type: ignore[type-arg]
+    groups = group_rows(cells, cores)
+    assert len(groups) == 1
+    return list(groups[0].rows)
+
+
+def test_efficiency_counts_cores_not_ranks_on_a_cpu() -> None:
+    baseline, two, eight = only_group(
+        [measured(make_cell("cp1", "none"), [4.0]), measured(make_cell("cp2", "ring"), [4.0]), measured(make_cell("cp8", "ring"), [5.0])]
+    )
+    assert baseline.is_baseline and baseline.speed_up == baseline.efficiency == 1.0
+    assert (two.speed_up, two.efficiency) == (1.0, 1.0)  # one process with two threads, two with one: the same two cores
+    assert (eight.speed_up, eight.efficiency) == (0.8, 0.8)
+
+
+def test_efficiency_counts_threads_that_leave_cores_idle() -> None:
+    one, two = measured(make_cell("cp1", "none"), [4.0]), measured(make_cell("cp2", "ring"), [2.0])
+    rows = only_group([one.model_copy(update={"threads_per_rank": 1}), two], cores=8)
+    assert (rows[1].speed_up, rows[1].efficiency) == (2.0, 1.0)
+
+
+def test_efficiency_counts_gpus() -> None:
+    cells = [measured(make_cell("cp1", "none", device="cuda"), [4.0]), measured(make_cell("cp4", "ring", device="cuda"), [2.0])]
+    assert only_group(cells, cores=None)[1].efficiency == 0.5
+
+
+def test_efficiency_needs_the_cores() -> None:
+    assert only_group([measured(make_cell("cp1", "none"), [4.0])], cores=None)[0].efficiency is None
+
+
+def test_without_cp1_the_smallest_layout_is_the_baseline() -> None:
+    failed = not_measured(make_cell("cp1", "none"), "oom", "too large")
+    rows = only_group([failed, measured(make_cell("cp4", "ring"), [2.0]), measured(make_cell("cp2", "ring"), [4.0])])
+    assert [row.is_baseline for row in rows] == [False, False, True]
+    assert rows[1].speed_up == 2.0
+    assert rows[0].speed_up is None
+
+
+def test_tensor_parallel_alone_goes_before_context_parallel() -> None:
+    rows = only_group([measured(make_cell("cp2", "ring"), [2.0]), measured(make_cell("tp2", "none"), [4.0])])
+    assert [row.is_baseline for row in rows] == [False, True]
+
+
+def test_a_cell_that_failed_is_no_baseline_though_it_has_earlier_rounds() -> None:
+    failed = not_measured(make_cell("cp1", "none"), "timeout", "too slow", measured(make_cell("cp1", "none"), [9.0]))
+    rows = only_group([failed, measured(make_cell("cp2", "ring"), [4.0])])
+    assert [row.is_baseline for row in rows] == [False, True]
+    assert rows[0].time.median == 9.0
+
+
+def test_lengths_have_their_own_baselines_and_stand_together() -> None:
+    cells = [measured(make_cell(layout, strategy, seq), [seq / 1024]) for layout, strategy in (("cp1", "none"), ("cp2", "ring")) for seq in (1024, 2048)]
+    rows = only_group(cells)
+    assert [row.lengths for row in rows] == [(1024,), (1024,), (2048,), (2048,)]
+    assert [row.is_baseline for row in rows] == [True, False, True, False]
+    assert [row.speed_up for row in rows] == [1.0] * 4
+
+
+def test_what_cannot_be_compared_stands_in_groups_of_its_own() -> None:
+    cells = [measured(make_cell("cp1", "none", dtype=dtype), [1.0]) for dtype in ("float32", "bfloat16")]
+    assert [group.common["dtype"] for group in group_rows(cells, CORES)] == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(("partition", "balance"), [("zigzag", 1.0), ("contiguous", 1.75)])
+def test_balance_is_the_largest_work_over_the_mean(partition: str, balance: float) -> None:
+    row = only_group([measured(make_cell("cp4", "ring", partition=partition), [1.0])])[0]
+    assert row.balance == pytest.approx(balance, abs=1e-3)
+
+
+def test_memory_is_live_on_a_cpu_and_allocated_on_a_gpu() -> None:
+    on_cpu, on_gpu = (measured(make_cell("cp1", "none", device=device), [1.0], memory=100) for device in ("cpu", "cuda"))
+    assert only_group([on_cpu])[0].memory_bytes == 100
+    assert only_group([on_gpu])[0].memory_bytes == 200
+
+
+def test_interval_needs_five_samples() -> None:
+    four, five = (only_group([measured(make_cell("cp1", "none"), samples)])[0] for samples in ([1.0] * 4, [0.9, 1.0, 1.0, 1.0, 1.1]))
+    assert four.half_width is None
+    assert five.half_width == pytest.approx(0.1)
