@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CATEGORIES = {"merge": "merge buffers", "gather": "gathered K/V", "comm": "communication buffers", "rows": "K/V rows", "cache": "K/V cache"}
+ALL_CATEGORIES = ("weights", "activations", *CATEGORIES.values())
 
 
 class Buffers:
@@ -44,7 +45,7 @@ class KVCache:
 
     def get(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """This layer's buffer, with undefined content the first time."""
-        return self._buffers.get(f"cache_{layer if self.keep else 0}", shape, dtype, device)
+        return self._buffers.get(f"cache_{layer}" if self.keep else "gather", shape, dtype, device)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         return self._buffers.tensors()

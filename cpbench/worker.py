@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from cpbench.buffers import ALL_CATEGORIES
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
@@ -33,6 +34,7 @@ from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.numerics import check
 from cpbench.program import Models, Output, Program
 
+PEAKS = ("peak_live_bytes", "peak_allocator_bytes", "peak_reserved_bytes", "peak_rss_bytes")
 STACKS_BEFORE_DEADLINE = 2.0  # seconds; where every thread is goes to the log before the driver kills a hanging group
 
 
@@ -155,16 +157,17 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     peaks = measure_peaks(program.run, device, program.tensors)
     received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
     program.set_kernel(kernel)
-    names = ("peak_live_bytes", "peak_allocator_bytes", "peak_reserved_bytes", "peak_rss_bytes")
-    numbers = [float(peaks.get(name, -1)) for name in names]
-    everyone = groups.world.share([*numbers, float(received == predicted), float(received.bytes)])
+    everyone = groups.world.share([float(peaks.get(name, -1)) for name in PEAKS])
     live = [int(row[0]) for row in everyone]
     highest = live.index(max(live))
-    memory = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(names)}
-    memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": peaks["by_category"]}
-    most = max(range(cell.world_size), key=lambda rank: everyone[rank][5])
+    memory = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(PEAKS)}
+    categories = groups.world.share([float(peaks["by_category"].get(name, 0)) for name in ALL_CATEGORIES])[highest]
+    by_category = {name: int(size) for name, size in zip(ALL_CATEGORIES, categories, strict=True) if size}
+    memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": by_category}
+    counted = groups.world.share([float(received == predicted), float(received.bytes)])
+    most = max(range(cell.world_size), key=lambda rank: counted[rank][1])
     result = {"memory": memory, "live": live, "traffic": _traffic(cell, most)}
-    wrong = [rank for rank, row in enumerate(everyone) if not row[4]]
+    wrong = [rank for rank, (equal, _) in enumerate(counted) if not equal]
     if wrong:
         result |= {"status": "wrong", "reason": f"traffic of rank {wrong[0]} differs from its formula at full size"}
     return result

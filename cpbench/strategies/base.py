@@ -86,7 +86,7 @@ class ParallelAttention:
 
     def rows(self, layer: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
-        if self.strategy.keeps_local_rows:
+        if self.strategy.keeps_local_rows and self.context.cache.keep:
             return self.context.cache.get(layer, shape, dtype, device)
         return self.context.buffers.get("rows", shape, dtype, device)
 
