@@ -21,8 +21,9 @@ class Buffers:
     def __init__(self) -> None:
         self._flat: dict[str, Tensor] = {}
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor with undefined content, valid until the next `get` of the same name."""
+    def get(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor with undefined content, valid until the next `get` of the same name, of the dtype and device of `like`."""
+        dtype, device = dtype or like.dtype, like.device
         size = prod(shape) * dtype.itemsize
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size or flat.device != device:
@@ -43,9 +44,9 @@ class KVCache:
         self.keep = keep
         self._buffers = Buffers()
 
-    def get(self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def get(self, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """This layer's buffer, with undefined content the first time."""
-        return self._buffers.get(f"cache_{layer}" if self.keep else "gather", shape, dtype, device)
+        return self._buffers.get(f"cache_{layer}" if self.keep else "gather", shape, like)
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         return self._buffers.tensors()

@@ -113,7 +113,7 @@ class Program:
 
     def _attention(self) -> Callable[[], Output]:
         q, k, v = self.attention_inputs()
-        rows = self.attention.rows(0, (len(self.tokens), row_values(self.cell)), self.dtype, self.device)
+        rows = self.attention.rows(0, (len(self.tokens), row_values(self.cell)), q)
         rows.copy_(torch.cat([k.flatten(1), v.flatten(1)], 1))
         self.inputs = [q]
 

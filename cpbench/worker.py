@@ -160,7 +160,7 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     everyone = groups.world.share([float(peaks.get(name, -1)) for name in PEAKS])
     live = [int(row[0]) for row in everyone]
     highest = live.index(max(live))
-    memory = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(PEAKS)}
+    memory: dict[str, Any] = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(PEAKS)}
     categories = groups.world.share([float(peaks["by_category"].get(name, 0)) for name in ALL_CATEGORIES])[highest]
     by_category = {name: int(size) for name, size in zip(ALL_CATEGORIES, categories, strict=True) if size}
     memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": by_category}
@@ -209,7 +209,7 @@ def _environment(device: Device) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "backend": "nccl" if cuda else "gloo",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,  # type: ignore[no-untyped-call]
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
         "cuda": torch.version.cuda,
         "device_name": device.name,
         "threads_per_rank": torch.get_num_threads(),

@@ -68,8 +68,8 @@ class Accumulator:
         if self._whole is not None and self._whole[0].dtype == working:
             self._out, self._lse = self._whole  # merging in place: the kernel's output is ours
         else:
-            self._out = self._buffers.get("merge_out", (rows, heads, dim), working, out_THE.device)
-            self._lse = self._buffers.get("merge_lse", (heads, rows), working, out_THE.device)
+            self._out = self._buffers.get("merge_out", (rows, heads, dim), out_THE, working)
+            self._lse = self._buffers.get("merge_lse", (heads, rows), out_THE, working)
             if self._whole is not None:
                 self._out.copy_(self._whole[0])
                 self._lse.copy_(self._whole[1])
@@ -93,7 +93,7 @@ def _merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, buffers: 
         block = slice(start, min(start + step, rows))
         new = new_out[block]
         if narrow:
-            new = buffers.get("merge_scratch", tuple(new.shape), out.dtype, out.device).copy_(new)
+            new = buffers.get("merge_scratch", tuple(new.shape), out).copy_(new)
         out[block].lerp_(new, weight_TH1[block])
 
 

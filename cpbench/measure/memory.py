@@ -35,7 +35,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, held: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._held = held
         self._alive: dict[int, tuple[int, int]] = {}  # address -> (serial number, bytes); addresses are used again, numbers are not
@@ -58,7 +58,7 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        super().__exit__(kind, value, trace)
+        super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         lasting: set[int] = set()
         categories: Counter[str] = Counter()
         for category, tensor in self._held():
@@ -144,7 +144,7 @@ class _AllocatorPeak:
         self._profile.__exit__(*exception)
 
     def peak(self) -> int:
-        results = self._profile.kineto_results
+        results: Any = self._profile.kineto_results
         level = peak = 0
         events = [event for event in results.events() if event.name() == "[memory]"]
         for event in sorted(events, key=lambda event: event.start_ns()):

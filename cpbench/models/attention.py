@@ -72,7 +72,7 @@ class GroupedQueryAttention:
         dim, n = self.config.head_dim, x_nM.shape[0]
         qkv = F.linear(x_nM, self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.unflatten(1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], 1)
-        rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv.dtype, qkv.device)
+        rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv)
         k_out, v_out = self.open_rows(rows_nW)
         v_out.copy_(v)
         rotate(k if self.k_norm is None else rms_norm(k, self.k_norm, self.config.norm_eps), cos, sin, k_out)

@@ -52,10 +52,10 @@ class AllGather(Strategy):
         from cpbench.kernels.accumulate import Accumulator
 
         n, width = rows_nW.shape
-        gathered = context.cache.get(layer, (context.group.size * plan.max_rows, width), rows_nW.dtype, rows_nW.device)
+        gathered = context.cache.get(layer, (context.group.size * plan.max_rows, width), rows_nW)
         block = rows_nW
         if n < plan.max_rows:  # uneven ranks: the collective needs equal blocks
-            block = context.buffers.get("comm_padded", (plan.max_rows, width), rows_nW.dtype, rows_nW.device)
+            block = context.buffers.get("comm_padded", (plan.max_rows, width), rows_nW)
             block[:n].copy_(rows_nW)
         in_flight = context.group.all_gather(gathered, block)
         result = Accumulator(n, context.buffers)

@@ -20,7 +20,6 @@ from cpbench.partition import too_short
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, Segment
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from cpbench.buffers import Buffers, KVCache
@@ -84,11 +83,11 @@ class ParallelAttention:
     plan: Any
     context: Context
 
-    def rows(self, layer: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def rows(self, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
         if self.strategy.keeps_local_rows and self.context.cache.keep:
-            return self.context.cache.get(layer, shape, dtype, device)
-        return self.context.buffers.get("rows", shape, dtype, device)
+            return self.context.cache.get(layer, shape, like)
+        return self.context.buffers.get("rows", shape, like)
 
     def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, layer: int) -> Tensor:
         """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""

@@ -54,7 +54,7 @@ class Ring(Strategy):
         here = rows_nW
         for number, step in enumerate(plan):
             if step.next_rows is not None:
-                arriving = context.buffers.get(f"comm_ring{number % 2}", (step.next_rows, here.shape[1]), here.dtype, here.device)
+                arriving = context.buffers.get(f"comm_ring{number % 2}", (step.next_rows, here.shape[1]), here)
                 in_flight = context.group.shift(here, arriving)
             if step.segments:
                 context.kernel.attend(q_THD, *open_rows(here), step.segments, context.scale, result)

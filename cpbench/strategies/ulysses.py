@@ -91,16 +91,15 @@ class Ulysses(Strategy):
         """q [N, H/c, D] and K|V [N, G', D + E] of this rank's heads, for all tokens."""
         group, shards = context.group, plan.shards
         n, total, dim, width = q_THD.shape[0], sum(plan.rows), q_THD.shape[2], k_nGD.shape[2] + v_nGE.shape[2]
-        kind = {"dtype": q_THD.dtype, "device": q_THD.device}
-        q_send = context.buffers.get("comm_q_send", (group.size, n, shards.q_heads, dim), **kind)
-        kv_send = context.buffers.get("comm_kv_send", (group.size, n, shards.kv_heads, width), **kind)
+        q_send = context.buffers.get("comm_q_send", (group.size, n, shards.q_heads, dim), q_THD)
+        kv_send = context.buffers.get("comm_kv_send", (group.size, n, shards.kv_heads, width), q_THD)
         q_send.copy_(q_THD.view(n, group.size, shards.q_heads, dim).transpose(0, 1))
         for rank, sources in enumerate(shards.kv_sources):
             for local, source in enumerate(sources):
                 kv_send[rank, :, local, : k_nGD.shape[2]].copy_(k_nGD[:, source])
                 kv_send[rank, :, local, k_nGD.shape[2] :].copy_(v_nGE[:, source])
-        q_all = context.buffers.get("comm_q", (total, shards.q_heads, dim), **kind)
-        kv_all = context.cache.get(layer, (total, shards.kv_heads, width), **kind)
+        q_all = context.buffers.get("comm_q", (total, shards.q_heads, dim), q_THD)
+        kv_all = context.cache.get(layer, (total, shards.kv_heads, width), q_THD)
         sends = [n] * group.size
         kv_in_flight = group.all_to_all(kv_all, kv_send.flatten(0, 1), plan.rows, sends)
         q_in_flight = group.all_to_all(q_all, q_send.flatten(0, 1), plan.rows, sends)
@@ -115,7 +114,7 @@ class Ulysses(Strategy):
         """Every head of this rank's tokens: [n, H, E]. Received by source rank, that is by head shard."""
         size, n = context.group.size, plan.rows[rank]
         shape = (size, n, *out_NhE.shape[1:])
-        by_source = context.buffers.get("comm_out", shape, out_NhE.dtype, out_NhE.device)
+        by_source = context.buffers.get("comm_out", shape, out_NhE)
         context.group.all_to_all(by_source.flatten(0, 1), out_NhE, [n] * size, plan.rows).wait()
         return by_source.transpose(0, 1).flatten(1, 2)
 

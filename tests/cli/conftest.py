@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CPU = Machine("cpu", 0, 2, 8 << 30, "Example CPU")
 CUDA = Machine("cuda", 2, 16, 64 << 30, "Example CPU", ("NVIDIA H200", "NVIDIA H200"), 139 << 30, "580.1")
 Golden = Callable[[str, str], None]
+Pretend = Callable[[Machine], None]
 
 
 class Ran(NamedTuple):
@@ -53,7 +54,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     """Let commands believe that they run on another machine."""
 
     def use(pretended: Machine) -> None:

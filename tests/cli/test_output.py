@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from cpbench.environment import Machine
 from cpbench.results import ResultFile, read
 
 from . import samples
-from .conftest import CUDA, Cpbench, Golden
+from .conftest import CUDA, Cpbench, Golden, Pretend
 
 SAMPLES = {"healthy": samples.healthy, "troubled": samples.troubled, "on_gpus": samples.on_gpus}
 
@@ -80,7 +79,7 @@ def test_list_shows_everything(cpbench_command: Cpbench) -> None:
     assert [line.split(":")[0] for line in ran.out.splitlines() if ": " in line and line[0].isupper()] == ["Strategies", "Kernels", "Models", "Partitions"]
 
 
-def test_list_says_what_a_small_machine_lacks(cpbench_command: Cpbench, machine: Callable[[Machine], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_says_what_a_small_machine_lacks(cpbench_command: Cpbench, machine: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     machine(Machine("cuda", 1, 16, 64 << 30, gpus=("NVIDIA H200",), gpu_memory_bytes=16 << 30))
     assert cpbench_command("list", "strategies").out.count("needs 2 GPUs, this machine has 1") == 3
@@ -114,7 +113,7 @@ def test_dry_run(cpbench_command: Cpbench, golden: Golden, tmp_path: Path) -> No
     golden("dry_run_cpu", ran.out)
 
 
-def test_dry_run_on_gpus(cpbench_command: Cpbench, golden: Golden, machine: Callable[[Machine], None]) -> None:
+def test_dry_run_on_gpus(cpbench_command: Cpbench, golden: Golden, machine: Pretend) -> None:
     machine(CUDA)
     ran = cpbench_command("sweep", "--seq", "128k,2M", "--cp", "2,4", "--tp", "1,2", "--strategy", "ring", "--rounds", "4", "--dry-run")
     assert (ran.code, ran.err) == (0, "")
