@@ -106,8 +106,14 @@ class ProcessTree:
 
 
 def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The environment of the ranks: the parent's, with their number of threads, and gloo on the loopback interface unless it is set."""
+    """The environment of the ranks: the parent's, with their number of threads, and what is set here unless the user has set it.
+
+    gloo talks over the loopback interface. glibc keeps freed memory, as CUDA's caching allocator does: by default it returns every
+    large tensor to the system, and fresh pages take a third of the time of a pass that is not attention (measured: 0.85 against 0.55 s).
+    """
     environment = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         **parent,
         "OMP_NUM_THREADS": str(threads),

@@ -7,6 +7,7 @@ size is limited, they are checked against the models, nothing in them is execute
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
@@ -171,6 +172,11 @@ def load(pattern: str | Path | Iterable[str | Path]) -> list[ResultFile]:
     return [read(path) for path in paths]
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a result file; `python -m cpbench.results` prints it, and results/schema.json is that."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ResultFile.model_json_schema(by_alias=True)}
+
+
 def _checked(data: Any, file: Path) -> ResultFile:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise CpbenchError(f"{file} is not a cpbench result.", f'A result has "schema": "{SCHEMA}" at its top.', UNREADABLE)
@@ -221,3 +227,7 @@ def _nearest_file(file: Path) -> str:
         names = []
     near = difflib.get_close_matches(file.name, names, n=1, cutoff=0.0)
     return f"The nearest file there is {file.parent / near[0]}." if near else "cpbench sweep writes results/<name>-<time>.json."
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json_schema(), indent=1) + "\n")

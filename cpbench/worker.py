@@ -25,6 +25,7 @@ from cpbench.buffers import ALL_CATEGORIES
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
+from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import flops_of_rank, live_bytes, score_pairs, traffic
 from cpbench.kernels import load_kernel, pick_kernel
 from cpbench.kernels.base import Kernel
@@ -164,19 +165,22 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     categories = groups.world.share([float(peaks["by_category"].get(name, 0)) for name in ALL_CATEGORIES])[highest]
     by_category = {name: int(size) for name, size in zip(ALL_CATEGORIES, categories, strict=True) if size}
     memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": by_category}
-    counted = groups.world.share([float(received == predicted), float(received.bytes)])
-    most = max(range(cell.world_size), key=lambda rank: counted[rank][1])
-    result = {"memory": memory, "live": live, "traffic": _traffic(cell, most)}
-    wrong = [rank for rank, (equal, _) in enumerate(counted) if not equal]
+    result = {"memory": memory, "live": live, "traffic": _traffic(cell, received, groups)}
+    wrong = [rank for rank, (equal,) in enumerate(groups.world.share([float(received == predicted)])) if not equal]
     if wrong:
         result |= {"status": "wrong", "reason": f"traffic of rank {wrong[0]} differs from its formula at full size"}
     return result
 
 
-def _traffic(cell: Cell, rank: int) -> dict[str, Any]:
-    """What the rank that receives most receives. Recorded equals predicted here: a rank that differs makes the cell wrong."""
-    predicted = traffic(cell, rank)
-    return {"rank": rank, "predicted": predicted.to_dict(), "recorded": predicted.to_dict(), "bytes": predicted.bytes, "calls": predicted.calls}
+def _traffic(cell: Cell, received: Traffic, groups: Groups) -> dict[str, Any]:
+    """What was counted on the rank that receives most, next to what the formula says for it."""
+    totals = [bytes_ for (bytes_,) in groups.world.share([float(received.bytes)])]
+    most = totals.index(max(totals))
+    predicted, recorded = traffic(cell, most), Traffic()
+    for axis, operation in sorted(predicted.counts):
+        calls, size = groups.world.share(received.counts.get((axis, operation), (0, 0)))[most]
+        recorded.add(axis, operation, int(size), int(calls))
+    return {"rank": most, "predicted": predicted.to_dict(), "recorded": recorded.to_dict(), "bytes": recorded.bytes, "calls": recorded.calls}
 
 
 def _timed(samples: Samples, output: Output) -> dict[str, Any]:
