@@ -33,10 +33,10 @@ app = typer.Typer(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """The entry point. Ends the process with the exit code."""
     try:
-        sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+        sys.exit(run(sys.argv[1:]))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
@@ -251,7 +251,7 @@ def _dry_run(job: _Job, as_json: bool) -> int:
 
     plan = make_plan(job.scenario, job.machine)
     if as_json:
-        sys.stdout.write(json.dumps(plan_json(job.scenario, plan, job.notes), indent=1) + "\n")
+        console.show_json(json.dumps(plan_json(job.scenario, plan, job.notes), indent=1))
         return 0
     echo = plan_echo(job.scenario, plan, job.notes, job.machine)
     console.show(console.output(), [*echo[:-1], *plan_view(plan, job.machine), f"{echo[-1]}. Nothing was run."])
@@ -263,7 +263,7 @@ def _print_result(result: ResultFile, as_json: bool) -> None:
     from cpbench.report.table import result_view
 
     if as_json:
-        sys.stdout.write(result.model_dump_json(by_alias=True, indent=1) + "\n")
+        console.show_json(result.model_dump_json(by_alias=True, indent=1))
         return
     out = console.output()
     console.show(out, result_view(result, out))

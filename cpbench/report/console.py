@@ -23,7 +23,7 @@ class _Stream(Console):
     """A console that leaves a closed pipe to the command line, which ends quietly."""
 
     def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
+        raise BrokenPipeError  # a new one without errno: typer turns the original into exit code 1
 
 
 def output() -> Console:
@@ -40,6 +40,11 @@ def show(console: Console, view: Iterable[ConsoleRenderable | str]) -> None:
     """Print each item on lines of its own. Strings are printed as they are."""
     for item in view:
         console.print(plain(item) if isinstance(item, str) else item)
+
+
+def show_json(text: str) -> None:
+    """Exactly this text on stdout."""
+    output().out(text, highlight=False)
 
 
 def show_error(error: CpbenchError) -> None:

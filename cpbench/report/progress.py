@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 60.0
 DRAWN_PER_SECOND = 1.0
+OTHER_LINES = 7  # the table's head, the moving line, and room for warnings
 
 
 class Silent:
@@ -144,8 +145,10 @@ class Screen(Follow):
 
     def cell_finished(self, result: CellResult) -> None:
         self._results[result.id] = result
-        latest = list(self._results.values())[-max(1, self.console.height - 6) :]  # what is higher than the screen cannot be redrawn
-        groups = group_rows(latest, self._cores)
+        results = list(self._results.values())
+        lines_per_row = 1 if len({str(cell.key.get("lengths")) for cell in results}) == 1 else 2  # lengths are set apart
+        fitting = max(1, (self.console.height - OTHER_LINES) // lines_per_row)  # what is higher than the screen cannot be redrawn
+        groups = group_rows(results[-fitting:], self._cores)
         self._drawn = [segment for group in groups for segment in self.console.render(table(group, Notes(), self.console))]
 
     def warn(self, text: str) -> None:

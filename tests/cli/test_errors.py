@@ -1,0 +1,153 @@
+"""Bad input: one sentence, one hint, the right exit code, and nothing started or written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cpbench.driver
+
+from . import samples
+from .conftest import Cpbench, Golden
+
+USAGE = {
+    "no command": "",
+    "unknown command": "swep",
+    "unknown option": "sweep --sq 36k",
+    "option without a value": "sweep --seq",
+    "extra argument": "sweep 36k",
+    "no file to show": "show",
+    "unknown suffix": "sweep --seq 36q",
+    "empty list": "sweep --seq ,",
+    "zero ranks": "sweep --cp 0",
+    "not a degree": "sweep --cp two",
+    "too many ranks": "sweep --cp 4096",
+    "unknown model": "sweep --model qwen3-tin",
+    "no config.json": "sweep --model ./nowhere/config.json",
+    "unknown strategy": "sweep --strategy rng",
+    "unknown target": "sweep --target prefil",
+    "unknown dtype": "sweep --dtype fp32",
+    "unknown kernel": "sweep --set kernel=flash",
+    "unknown partition": "sweep --set partition=zigzg",
+    "unknown field": "sweep --set timing.precison=1%",
+    "not a setting": "sweep --set precision",
+    "precision of 200%": "sweep --set timing.precision=200%",
+    "kernel of another device": "sweep --set kernel=sdpa",
+    "no cuda": "sweep --set device=cuda",
+    "heads not divisible": "sweep --cp 3 --strategy ulysses",
+    "tensor-parallel heads not divisible": "sweep --tp 3",
+    "sequence too short": "sweep --seq 15 --cp 8",
+    "too many layers": "sweep --layers 5",
+    "negative seed": "sweep --seed -1",
+    "not a duration": "sweep --budget soon",
+    "scenario that is not there": "sweep --scenario nowhere.yaml",
+    "scenario that is not YAML": "sweep --scenario broken.yaml",
+    "scenario with an unknown field": "sweep --scenario misspelt.yaml",
+    "output that exists": "sweep --seq 256 -o there.json",
+    "output in a file": "sweep --seq 256 -o there.json/r.json",
+    "output that is not json": "sweep --seq 256 -o r.csv",
+    "retry without resume": "sweep --retry oom",
+    "force without resume": "sweep --force",
+    "nothing to resume": "sweep --resume",
+    "resume with another length": "sweep --resume --seq 36k",
+    "resume with another strategy": "sweep --resume --strategy ring",
+    "resume with a dry run": "sweep --resume --dry-run",
+    "unknown status": "sweep --resume --retry oom,crsh",
+    "unknown list": "list kernel",
+}
+UNREADABLE = {
+    "no such file": "show r.json",
+    "a folder": "show .",
+    "not JSON": "show broken.yaml",
+    "truncated": "show truncated.json",
+    "foreign": "show foreign.json",
+    "newer": "show newer.json",
+    "damaged": "show damaged.json",
+    "empty journal": "show empty.jsonl",
+    "foreign journal": "show foreign.jsonl",
+    "resume of a foreign file": "sweep --resume -o foreign.json",
+    "resume without a scenario": "sweep --resume -o damaged_scenario.json",
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the commands name; and a driver that refuses to start ranks."""
+    good = samples.healthy().model_dump_json(by_alias=True)
+    data = json.loads(good)
+    contents = {
+        "there.json": good,
+        "truncated.json": good[: len(good) // 2],
+        "foreign.json": '{"results": [1, 2, 3]}',
+        "newer.json": json.dumps({**data, "schema_version": 99}),
+        "damaged.json": json.dumps({**data, "cells": [{**data["cells"][0], "status": "fine"}]}),
+        "damaged_scenario.json": json.dumps({**data, "run": {**data["run"], "scenario": {"seq": "36q"}}}),
+        "empty.jsonl": "",
+        "foreign.jsonl": '{"a": 1}\n{"b": 2}\n',
+        "broken.yaml": "seq: [36k\ncp: }",
+        "misspelt.yaml": "sequence: 36k\n",
+    }
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cpbench.driver, "Torchrun", lambda: pytest.fail("ranks would have been started"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("cases", "code", "name"), [(USAGE, 2, "errors_usage"), (UNREADABLE, 4, "errors_unreadable")])
+def test_bad_input(cases: dict[str, str], code: int, name: str, files: Path, cpbench_command: Cpbench, golden: Golden) -> None:
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    said = []
+    for what, command in cases.items():
+        arguments = command.split()
+        ran = cpbench_command(*arguments[:1], *(["-q"] if arguments[:1] == ["sweep"] else []), *arguments[1:])
+        lines = ran.err.splitlines()
+        assert (ran.code, ran.out, len(lines)) == (code, "", 2), f"{what}: {ran}"
+        assert lines[0].startswith("error: ") and lines[0].endswith("."), what
+        assert lines[1].startswith("hint:  ") and len(lines[1]) > len("hint:  "), what
+        said.append(f"# {what}\n$ cpbench {command}\n{ran.err}")
+    golden(name, "\n".join(said))
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+def test_interrupt_before_anything_is_started(cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpbench.environment.detect_machine", interrupted)
+    ran = cpbench_command("sweep")
+    assert (ran.code, ran.out, ran.err) == (130, "", "")
+
+
+def test_a_bug_keeps_its_traceback(cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("cpbench.environment.detect_machine", broken)
+    with pytest.raises(ZeroDivisionError):
+        cpbench_command("list", "models")
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(samples.healthy().model_dump_json(by_alias=True))
+    for arguments in (["show", str(file)], ["show", "--json", str(file)]):
+        process = subprocess.Popen([sys.executable, "-m", "cpbench", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (141, b"")
+
+
+HEAVY = {"torch", "pandas", "matplotlib", "scipy", "numpy", "yaml", "psutil", "cpbench.results", "cpbench.scenario"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"import sys; from cpbench.cli import run; run({arguments!r}); sys.stderr.write(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "cpbench.cli" in done.stderr.split()
+    assert not HEAVY & set(done.stderr.split())
