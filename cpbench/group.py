@@ -21,7 +21,7 @@ from cpbench.launch import Handle, Launcher
 from cpbench.results import Status
 
 POLL_SECONDS = 0.05
-END_SECONDS = 20.0  # for the ranks to leave after the last cell, or for torchrun to notice that one has failed
+END_SECONDS = 20.0  # for torchrun to notice that a rank has failed
 TAIL_LINES, TAIL_WIDTH = 40, 400
 SECONDARY = {signal.SIGTERM, signal.SIGABRT}  # how ranks end because another one has
 
@@ -85,11 +85,9 @@ def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, 
                 watch.saw(event, time.monotonic())
                 yield event
             check()  # after reading: what was finished is kept
-            if watch.finished and code is not None:
-                return
+            if watch.finished:
+                return  # ranks have nothing left to say; waiting for torchrun to notice would take most of a second
             late = time.monotonic() > watch.deadline
-            if late and watch.finished:
-                return
             failed_ranks = _rank_failures(events)
             if code is not None or (late and failed_ranks):
                 raise _diagnose(watch, failed_ranks, code, handle, logs)
@@ -120,7 +118,7 @@ class _Watch:
         elif kind == "ready":
             self.ready, self.deadline = True, now + self.start_timeout
         elif kind == "end":
-            self.finished, self.deadline = True, now + END_SECONDS
+            self.finished = True
 
     def hurry(self, now: float) -> None:
         """A rank has failed: the others have a moment to end, not the rest of the cell's time."""

@@ -91,7 +91,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 class OneBlock(Kernel):
-    """A kernel that allocates what `inner` allocates and computes the first rows only. See the top of the file."""
+    """A kernel that allocates what `inner` allocates and computes the first rows of one query head per kv head only (see above)."""
 
     def __init__(self, inner: Kernel) -> None:
         self.name, self.summary, self._inner = inner.name, inner.summary, inner
@@ -103,11 +103,12 @@ class OneBlock(Kernel):
         rows, heads = q_THD.shape[:2]
         if rows <= BLOCK_ROWS:
             return self._inner.block(q_THD, k_SGD, v_SGE, scale, causal)
+        group = heads // k_SGD.shape[1]
         out = q_THD.new_zeros(rows, heads, v_SGE.shape[2])
-        first, first_lse = self._inner.block(q_THD[:BLOCK_ROWS], k_SGD, v_SGE, scale, False)
+        first, first_lse = self._inner.block(q_THD[:BLOCK_ROWS, ::group], k_SGD, v_SGE, scale, False)
         lse = first_lse.new_zeros(heads, rows)
-        out[:BLOCK_ROWS].copy_(first)
-        lse[:, :BLOCK_ROWS].copy_(first_lse)
+        out[:BLOCK_ROWS, ::group].copy_(first)
+        lse[::group, :BLOCK_ROWS].copy_(first_lse)
         return out, lse
 
 

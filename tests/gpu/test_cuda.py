@@ -28,7 +28,8 @@ def test_kernels_merge_prefix_and_diagonal_to_the_truth(name, heads, kv_heads, d
     if reason:
         pytest.skip(reason)
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(n, h, dim, generator=generator, device="cuda", dtype=getattr(torch, dtype)) for n, h in ((512, heads), (2048, kv_heads), (2048, kv_heads)))
+    shapes = ((512, heads), (2048, kv_heads), (2048, kv_heads))
+    q, k, v = (torch.randn(rows, h, dim, generator=generator, device="cuda", dtype=getattr(torch, dtype)) for rows, h in shapes)
     segments = [Segment(Span(0, 512), (Span(0, 1536),), Span(1536, 2048))]
     errors = []
     for runner, cast in ((kernel, lambda x: x), (load_kernel("reference"), torch.Tensor.double)):

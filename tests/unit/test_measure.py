@@ -109,5 +109,6 @@ def test_one_block_has_the_shapes_of_all_and_the_values_of_the_first_rows():
     expected, expected_lse = inner.block(q, k, v, 0.2, False)
     assert out.shape == expected.shape
     assert lse.shape == expected_lse.shape
-    torch.testing.assert_close(out[:512], expected[:512])
+    torch.testing.assert_close(out[:512, ::2], expected[:512, ::2])
+    torch.testing.assert_close(lse[::2, :512], expected_lse[::2, :512])
     assert not out[512:].any()
