@@ -99,6 +99,7 @@ def sweep(
     layers: options.LAYERS = None,
     dtype: options.DTYPE = None,
     seed: options.SEED = None,
+    threads: options.THREADS = None,
     setting: options.SET = None,
     rounds: options.ROUNDS = None,
     budget: options.BUDGET = None,
@@ -113,7 +114,7 @@ def sweep(
 ) -> int:
     """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
     axes = {"seq": seq, "batch": batch, "cp": cp, "tp": tp, "strategies": strategy}
-    fields = {"model": model, "target": target, "layers": layers, "dtype": dtype, "seed": seed, "rounds": rounds}
+    fields = {"model": model, "target": target, "layers": layers, "dtype": dtype, "seed": seed, "threads": threads, "rounds": rounds}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
     given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}
     if resume:

@@ -44,6 +44,7 @@ TARGET = _text(_WHAT, "--target", "NAME", "prefill (time to first token), layer 
 LAYERS = _text(_WHAT, "--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU, 4 on CUDA.")
 DTYPE = _text(_WHAT, "--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
 SEED = _text(_WHAT, "--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
+THREADS = _text(_WHAT, "--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 SET = _axis("--set", "A.B=C", "Any field of a scenario, for example timing.precision=1%; may be repeated.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
 BUDGET = _text(_LONG, "--budget", "TIME", "Skip cells that do not fit into it: 20m. Default: no limit.")
