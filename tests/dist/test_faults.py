@@ -40,7 +40,7 @@ def test_the_log_of_the_rank_that_raised_is_in_the_record(tmp_path):
 
 
 def test_a_rank_that_hangs_is_ended_at_the_deadline_and_its_stack_is_kept(tmp_path):
-    cell = faulty(tmp_path, "hang", limits={"cell_timeout": "6s"})
+    cell = faulty(tmp_path, "hang", limits={"cell_timeout": "15s"})
     assert cell.status == "timeout"
     assert any("faulty" in line or "measure_cell" in line for line in cell.failure.log_tail), cell.failure
 
