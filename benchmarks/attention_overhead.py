@@ -26,6 +26,7 @@ from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.kernels import load_kernel
+from cpbench.launch import rank_environment
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.program import Program, alone
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="ring,allgather,ulysses")
     options = parser.parse_args()
     if "RANK" not in os.environ:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "2"}
+        environment = rank_environment(os.environ, threads=2)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *sys.argv]
         raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
     with torch.inference_mode():
