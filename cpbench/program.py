@@ -81,6 +81,8 @@ class Program:
         self.attention = ParallelAttention(strategy, strategy.plan(cell, cp_rank), context)
         self.communicator = Communicator(groups)
         self.models = models or Models()
+        self.inputs: list[Tensor] = []
+        self.parameters: list[Tensor] = []
         self.run, self.prepare = self._build(_index(split.positions(cp_rank), device))
 
     def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], object]]:
@@ -88,6 +90,7 @@ class Program:
         if cell.target == "attention":
             return self._attention(), lambda: None
         self.decoder = self.models.get(cell, self.weights, Shard(self.groups.tp.rank, self.groups.tp.size))
+        self.parameters = self.decoder.parameters()
         if cell.target == "prefill":
             ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
             self.inputs = [ids, positions]
@@ -135,8 +138,8 @@ class Program:
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(category, tensor) of everything that is held between passes."""
         held = [*self.buffers.tensors(), *self.cache.tensors()]
-        held += [("weights", tensor) for tensor in (self.decoder.parameters() if hasattr(self, "decoder") else [])]
-        return held + [("activations", tensor) for tensor in getattr(self, "inputs", [])]
+        held += [("weights", tensor) for tensor in self.parameters]
+        return held + [("activations", tensor) for tensor in self.inputs]
 
 
 def alone() -> Groups:

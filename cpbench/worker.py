@@ -135,12 +135,16 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         return record
     if cell.device != "cpu":  # on CPU nothing is compiled or tuned on the first call, and a pass at full length is not spent on it
         record["first_call_s"] = max(one_pass(program.run, program.prepare, device, groups.world))
-    timing = Timing(**job.data["timing"])
     last: list[Output] = []
+
+    def run() -> None:
+        last.clear()  # the output of the pass before is not alive during this one
+        last.append(program.run())
+
     samples = sample(
-        lambda: last.__setitem__(slice(None), [program.run()]),
+        run,
         program.prepare,
-        timing,
+        Timing(**job.data["timing"]),
         device,
         groups.world,
         lambda n, seconds: job.emit("sample", index=index, n=n, seconds=seconds),
