@@ -45,10 +45,10 @@ def _torch() -> Finding:
 def _backend(machine: Machine) -> Finding:
     name = "NCCL" if machine.device == "cuda" else "gloo"
     try:
-        from torch import distributed
+        from cpbench.distributed.collectives import backend_available
     except (ImportError, OSError) as error:
         return Finding("backend", False, f"torch cannot be imported: {str(error).splitlines()[0]}", "Reinstall torch.")
-    usable = distributed.is_available() and (distributed.is_nccl_available() if machine.device == "cuda" else distributed.is_gloo_available())
+    usable = backend_available(machine.device)
     return Finding(
         "backend", usable, name if usable else f"{name} is not in this torch build", "" if usable else "Install a torch build with torch.distributed."
     )

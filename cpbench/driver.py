@@ -14,6 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,27 +111,24 @@ def _opening(plan: Plan, resume: ResultFile | None, retry: set[str]) -> tuple[di
     return results, settled
 
 
+@dataclass
 class _Sweep:
     """The state of a running sweep."""
 
-    def __init__(
-        self,
-        scenario: Scenario,
-        plan: Plan,
-        results: dict[str, CellResult],
-        settled: set[str],
-        environment: dict[str, Any],
-        journal: Journal,
-        progress: Progress,
-        launcher: Launcher,
-        folder: Path,
-        stop: _Stop,
-    ) -> None:
-        self.scenario, self.plan, self.results, self.settled = scenario, plan, results, settled
-        self.environment, self.journal, self.progress, self.launcher = environment, journal, progress, launcher
-        self.folder, self.stop = folder, stop
-        self.index = {planned.cell.id: index for index, planned in enumerate(plan.cells)}
-        self.pace = Pace(plan, scenario.timing, scenario.limits.budget)
+    scenario: Scenario
+    plan: Plan
+    results: dict[str, CellResult]
+    settled: set[str]
+    environment: dict[str, Any]
+    journal: Journal
+    progress: Progress
+    launcher: Launcher
+    folder: Path
+    stop: _Stop
+
+    def __post_init__(self) -> None:
+        self.index = {planned.cell.id: index for index, planned in enumerate(self.plan.cells)}
+        self.pace = Pace(self.plan, self.scenario.timing, self.scenario.limits.budget)
         self.running: PlannedCell | None = None
         self.round = self.groups = 0
 

@@ -1,6 +1,6 @@
 """Closed forms for a whole cell: operations, wire bytes, score pairs and the peak of live tensors.
 
-The formulas of a strategy stand in its file; this module adds what the decoder around it costs (systems.md section 7). Pure numbers:
+The formulas of a strategy stand in its file; this module adds what the decoder around it costs. Pure numbers:
 nothing is run and torch is not imported. Tests hold every one of them against what is counted or measured.
 """
 

@@ -24,6 +24,7 @@ from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
 from cpbench.program import Models, Output, Program, alone, run_locally
 from cpbench.segments import causal_segments, place
+from cpbench.strategies.base import row_index
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above
 MAX_FP32_RMSE = 1e-5
@@ -153,7 +154,7 @@ def _own_tokens_only(cell: Cell, device: torch.device) -> Tensor:
     q_THD, k_SGD, v_SGE = program.attention_inputs()
     rows = torch.empty_like(q_THD)
     for rank, blocks in enumerate(cell.split.ranks):
-        tokens = torch.cat([torch.arange(part.start, part.stop, device=device) for part in cell.split.tokens(rank)])
+        tokens = row_index(cell.split.tokens(rank), device)
         result = Accumulator(len(tokens), program.buffers)
         own = place(blocks)
         kernel.attend(q_THD[tokens], k_SGD[tokens], v_SGE[tokens], causal_segments(own, own), program.scale, result)
@@ -172,7 +173,7 @@ def _collect(rows_nM: Tensor, cell: Cell, groups: Groups) -> Tensor:
     groups.cp.all_gather(gathered, padded).wait()
     whole = rows_nM.new_empty(cell.tokens, rows_nM.shape[1])
     for rank, rows in enumerate(gathered.split(split.max_rows)):
-        tokens = torch.cat([torch.arange(part.start, part.stop, device=rows.device) for part in split.tokens(rank)])
+        tokens = row_index(split.tokens(rank), rows.device)
         whole[tokens] = rows[: len(tokens)]
     return whole
 

@@ -96,7 +96,7 @@ def contiguous(lengths: tuple[int, ...], cp: int) -> list[list[Block]]:
 
 
 def zigzag(lengths: tuple[int, ...], cp: int) -> list[list[Block]]:
-    """Each sequence in 2*cp blocks; rank k holds blocks k and 2*cp-1-k, all early blocks first (systems.md 2.3)."""
+    """Each sequence in 2*cp blocks; rank k holds blocks k and 2*cp-1-k, all early blocks first (SGLang PR 23269)."""
     cuts = [_cut(length, 2 * cp) for length in lengths]
     return [[Block(s, *cut[index]) for index in (k, 2 * cp - 1 - k) for s, cut in enumerate(cuts) if cut[index][0] < cut[index][1]] for k in range(cp)]
 

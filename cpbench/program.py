@@ -24,7 +24,7 @@ from cpbench.models.attention import HeadSlice
 from cpbench.models.decoder import Decoder, FirstTokens, Shard
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.strategies import STRATEGIES
-from cpbench.strategies.base import Context, ParallelAttention, row_values
+from cpbench.strategies.base import Context, ParallelAttention, row_index, row_values
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Program:
         self.dtype: torch.dtype = getattr(torch, cell.dtype)
         self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
         split, cp_rank = cell.split, groups.cp.rank
-        self.tokens = _index(split.tokens(cp_rank), device)
+        self.tokens = row_index(split.tokens(cp_rank), device)
         self.last_rows = split.last_rows(cp_rank)
         self.buffers, self.cache = Buffers(), KVCache(cell.kv_cache == "keep")
         self.scale = cell.config.head_dim**-0.5
@@ -83,7 +83,7 @@ class Program:
         self.models = models or Models()
         self.inputs: list[Tensor] = []
         self.parameters: list[Tensor] = []
-        self.run, self.prepare = self._build(_index(split.positions(cp_rank), device))
+        self.run, self.prepare = self._build(row_index(split.positions(cp_rank), device))
 
     def _build(self, positions: Tensor) -> tuple[Callable[[], Output], Callable[[], object]]:
         cell = self.cell
@@ -157,8 +157,3 @@ def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: to
         return program.tokens, program.run()
 
     return world.run(rank_program)
-
-
-def _index(ranges: list[range], device: torch.device) -> Tensor:
-    parts = [torch.arange(r.start, r.stop, device=device) for r in ranges]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)

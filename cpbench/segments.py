@@ -78,7 +78,7 @@ def causal_segments(queries: Sequence[PlacedBlock], keys: Sequence[PlacedBlock])
             else:
                 raise ValueError(f"key block {key} overlaps query block {query}")
         if full or causal:
-            _append(segments, Segment(Span(row, row + query.rows), _joined(full), causal))
+            _append(segments, Segment(Span(row, row + query.rows), joined(full), causal))
     return tuple(segments)
 
 
@@ -87,10 +87,10 @@ def by_queries(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     full: dict[Span, list[Span]] = {}
     for segment in segments:
         full.setdefault(segment.queries, []).extend(segment.full)
-    return tuple(Segment(queries, _joined(spans)) for queries, spans in full.items())
+    return tuple(Segment(queries, joined(spans)) for queries, spans in full.items())
 
 
-def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
     """Sorted, with adjacent spans made one."""
     joined: list[Span] = []
     for span in sorted(spans):
@@ -109,7 +109,7 @@ def _append(segments: list[Segment], new: Segment) -> None:
         if last.causal is None and new.causal is None and last.full == new.full:
             segments[-1] = Segment(queries, last.full)
             return
-        if last.causal and new.causal and last.causal.stop == new.causal.start and new.full == _joined([*last.full, last.causal]):
+        if last.causal and new.causal and last.causal.stop == new.causal.start and new.full == joined([*last.full, last.causal]):
             segments[-1] = Segment(queries, last.full, Span(last.causal.start, new.causal.stop))
             return
     segments.append(new)

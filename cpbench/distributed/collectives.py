@@ -20,7 +20,7 @@ from torch import Tensor
 from cpbench.distributed.traffic import Traffic
 
 # torch 2.13 renamed this call and warns on the old name; 2.11 has only the old name
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass
@@ -232,6 +232,11 @@ class LocalGroup(Group):
 
     def _shift(self, send: Tensor, receive: Tensor) -> Handle:
         return Handle(lambda: self._meet(send, lambda board: receive.copy_(board[(self.rank - 1) % self.size])))
+
+
+def backend_available(kind: str) -> bool:
+    """Whether this torch build has the backend of a kind of device: NCCL for `cuda`, gloo for everything else."""
+    return dist.is_available() and (dist.is_nccl_available() if kind == "cuda" else dist.is_gloo_available())
 
 
 def start_process_groups(device: torch.device) -> None:

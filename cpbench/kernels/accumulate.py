@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cpbench.segments import MERGE_BLOCK, Span
+from cpbench.segments import MERGE_BLOCK, Span, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,11 +112,5 @@ def _cover(covered: list[Span], rows: Span) -> list[tuple[Span, bool]]:
         at = stop
     if at < rows.stop:
         parts.append((Span(at, rows.stop), False))
-    joined: list[Span] = []
-    for span in sorted([*covered, *(part for part, known in parts if not known)]):
-        if joined and joined[-1].stop == span.start:
-            joined[-1] = Span(joined[-1].start, span.stop)
-        else:
-            joined.append(span)
-    covered[:] = joined
+    covered[:] = joined([*covered, *(part for part, known in parts if not known)])
     return parts

@@ -9,6 +9,7 @@ accumulate.py.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
     from cpbench.kernels.accumulate import Accumulator
 
 
-class Kernel:
+class Kernel(ABC):
     """One attention implementation on one device."""
 
     name: str
     summary: str
 
+    @abstractmethod
     def available(self, device: str, dtype: str, dim_qk: int, dim_v: int) -> str | None:
         """None where the kernel can run, else the reason. `device` is `cpu` or `cuda`, `dtype` a name such as `bfloat16`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def block(self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
         """Softmax attention: (out [T, H, E] in q's dtype, lse [H, T] in fp32). `causal` needs T == S."""
-        raise NotImplementedError
 
     def attend(self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, segments: Sequence[Segment], scale: float, into: Accumulator) -> None:
         """Run every segment and add its result to `into`. Rows that no segment covers are left alone."""

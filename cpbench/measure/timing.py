@@ -19,10 +19,10 @@ from cpbench.stats import median, relative_half_width
 class Timing:
     """When a round of a cell has enough samples. `precision` is half the interval of the median over the median."""
 
-    min_samples: int = 3
-    max_samples: int = 30
-    max_seconds: float = 10.0
-    precision: float = 0.02
+    min_samples: int
+    max_samples: int
+    max_seconds: float
+    precision: float
 
     def stop(self, samples: list[float]) -> str | None:
         """The reason to stop, or None to go on."""

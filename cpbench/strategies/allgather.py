@@ -8,7 +8,7 @@ no order, so nothing is reordered, and rows that pad uneven ranks are never look
         queries 1 and 6 (one call)                0     own     .     .
         query 6 (one call)                        .     own     2 5   3 4
 
-Each rank keeps the whole K/V, as SGLang's prefill context parallelism does (systems.md 2.1).
+Each rank keeps the whole K/V, as SGLang's prefill context parallelism does (PR 23269).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ knows the model. It decides once, from lengths that all ranks know, what each ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cpbench.partition import too_short
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, Segment
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from cpbench.buffers import Buffers, KVCache
@@ -134,6 +135,13 @@ def _copied(cell: Cell, queries: int, keys: int, shards: tuple[int, int]) -> int
     if cell.device == "cpu":
         return keys * shards[1] * value if queries >= MIN_ROWS_TO_COPY else 0
     return keys * shards[0] * value if shards[0] > shards[1] else 0
+
+
+def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:
+    """The rows of the ranges, one after the other, as an index tensor."""
+    import torch
+
+    return torch.cat([torch.empty(0, dtype=torch.int64, device=device), *(torch.arange(r.start, r.stop, device=device) for r in ranges)])
 
 
 def nearest_divisor(size: int, of: int) -> int:

@@ -19,7 +19,7 @@ from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Split, contiguous
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, nearest_divisor
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, nearest_divisor, row_index
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Ulysses(Strategy):
         out = result.result()
         del q_all, kv_all
         if plan.order is not None:
-            out = out.index_select(0, _index(plan.order, out))
+            out = out.index_select(0, row_index(plan.order, out.device))
         return self._to_tokens(out, plan, context, group.rank)
 
     def _to_heads(self, q_THD: Tensor, k_nGD: Tensor, v_nGE: Tensor, plan: UlyssesPlan, context: Context, layer: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ class Ulysses(Strategy):
         q_in_flight.wait()
         if plan.order is None:
             return q_all, kv_all
-        index = _index(plan.order, q_all)
+        index = row_index(plan.order, q_all.device)
         return q_all.new_empty(q_all.shape).index_copy_(0, index, q_all), kv_all.new_empty(kv_all.shape).index_copy_(0, index, kv_all)
 
     def _to_tokens(self, out_NhE: Tensor, plan: UlyssesPlan, context: Context, rank: int) -> Tensor:
@@ -141,10 +141,3 @@ class Ulysses(Strategy):
         # sent and received q, sent K|V, received output; the dense output of all tokens, then that of own tokens beside it
         sent = n * cp * (q + kv) + total * q + n * cp * q
         return AttentionMemory(total * kv, sent + buffers, max(attend + reordered, total * q + own))
-
-
-def _index(order: tuple[range, ...], like: Tensor) -> Tensor:
-    """The packed batch row of each received row, as an index tensor."""
-    import torch
-
-    return torch.cat([torch.arange(r.start, r.stop, device=like.device) for r in order])
