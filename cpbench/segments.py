@@ -48,6 +48,23 @@ class Segment:
         return rows * sum(span.rows for span in self.full) + (rows * (rows + 1) // 2 if self.causal else 0)
 
 
+@dataclass(frozen=True)
+class Request:
+    """Query rows that see cached tokens of one sequence: bottom-right causal attention, read from pages.
+
+    The rows `queries` are the last of the first `keys` tokens of `sequence`, so row i of them sees keys - rows + i + 1 tokens. The pages
+    of those tokens are row `sequence` of the block tables. Several requests may read the same sequence, up to different lengths.
+    """
+
+    queries: Span
+    sequence: int
+    keys: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.queries.rows <= self.keys:
+            raise ValueError(f"{self.queries.rows} query rows cannot be the last of {self.keys} tokens")
+
+
 PlacedBlock = tuple[Block, int]  # a block and the row at which it starts in a buffer
 
 
