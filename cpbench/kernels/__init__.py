@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from cpbench.kernels.base import Kernel
 
 KERNELS = {  # name -> module and class; `auto` takes the first that is available
+    "flash3": "cpbench.kernels.flash3:Flash3",
+    "flash4": "cpbench.kernels.flash4:Flash4",
+    "flash2": "cpbench.kernels.flash2:Flash2",
     "sdpa": "cpbench.kernels.sdpa:Sdpa",
+    "cudnn": "cpbench.kernels.cudnn:Cudnn",
     "cpu_flash": "cpbench.kernels.cpu_flash:CpuFlash",
     "reference": "cpbench.kernels.reference:Reference",
 }

@@ -1,13 +1,17 @@
 """Every registered kernel that can run here, against PyTorch's own attention in fp64 and against the merge rules."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cpbench.buffers import Buffers
 from cpbench.errors import CpbenchError
 from cpbench.kernels import KERNELS, load_kernel, pick_kernel
 from cpbench.kernels.accumulate import Accumulator
-from cpbench.segments import Segment, Span
+from cpbench.segments import MIN_ROWS_TO_COPY, Request, Segment, Span
 
 HERE = [name for name in KERNELS if load_kernel(name).available("cpu", "float32", 64, 64) is None]
 
@@ -110,13 +114,109 @@ def test_merging_in_bf16_rounds_pieces_and_the_result_but_not_the_sum():
     assert bf16_sum / one > 1.7, "the test must be able to tell a bf16 accumulator"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("dims", [(192, 128), (64, 128), (64, 64), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize(("rows", "causal"), [(9, True), (MIN_ROWS_TO_COPY, False)])
+def test_head_sizes_of_models(name, dims, rows, causal, dtype):
+    """64, 128, 256, and sizes that differ: the result has v's size and the scale is the caller's, whatever is padded inside."""
+    generator = torch.Generator().manual_seed(3)
+    keys = rows if causal else 20
+    q, k, v = (torch.randn(n, h, dim, generator=generator).to(dtype) for n, h, dim in ((rows, 4, dims[0]), (keys, 2, dims[0]), (keys, 2, dims[1])))
+    mask = torch.ones(rows, keys, dtype=torch.bool)
+    expected, expected_lse = truth(q, k, v, mask.tril() if causal else mask)
+    out, lse = load_kernel(name).block(q, k, v, dims[0] ** -0.5, causal)
+    assert out.shape == (rows, 4, dims[1])
+    assert float((out.double() - expected).norm() / expected.norm()) < (2e-6 if dtype == torch.float32 else 6e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=2e-5 if dtype == torch.float32 else 2e-3, rtol=1e-5)
+
+
+def test_a_kernel_that_pads_says_so():
+    kernel = load_kernel("cpu_flash")
+    assert kernel.available("cpu", "float32", 192, 128) is None
+    assert kernel.dispatched("float32", 128, 128) == "cpu_flash"
+    assert kernel.dispatched("float32", 192, 128) == "cpu_flash (v padded from 128 to 192)"
+    assert kernel.dispatched("float32", 64, 128) == "cpu_flash (q and k padded from 64 to 128)"
+    assert load_kernel("reference").dispatched("float32", 192, 128) == "reference"
+
+
+def test_equal_head_sizes_are_not_copied_to_be_padded(monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.pad", lambda *_: pytest.fail("padded"))
+    load_kernel("cpu_flash").block(*tensors(8, 8, 2, 2, 32), 0.2, True)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("causal", [True, False])
+def test_several_sequences_in_one_call(name, causal):
+    q, k, v = tensors(10, 17, 4, 2, 32)
+    cu_q, cu_k = (0, 4, 5, 10), (0, 9, 12, 17)
+    out, lse = load_kernel(name).varlen_block(q, k, v, cu_q, cu_k, 32**-0.5, causal)
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+        expected, expected_lse = truth(q[q0:q1], k[k0:k1], v[k0:k1], mask.tril(k1 - k0 - q1 + q0) if causal else mask)
+        torch.testing.assert_close(out[q0:q1].double(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[:, q0:q1].double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@st.composite
+def paged_batches(draw):
+    """Requests over a few sequences in pages of any size; several may read one sequence, up to different lengths."""
+    page, pages = draw(st.integers(1, 7)), draw(st.integers(1, 4))
+    sequences = draw(st.integers(1, 3))
+    at, requests = 0, []
+    for _ in range(draw(st.integers(1, 4))):
+        keys = draw(st.integers(1, page * pages))
+        rows = draw(st.integers(1, keys))
+        requests.append(Request(Span(at, at + rows), draw(st.integers(0, sequences - 1)), keys))
+        at += rows
+    return page, pages, sequences, requests
+
+
+@pytest.mark.parametrize("name", HERE)
+@given(batch=paged_batches())
+@settings(max_examples=40)
+def test_requests_read_their_sequence_from_pages(name, batch):
+    page, pages, sequences, requests = batch
+    generator = torch.Generator().manual_seed(5)
+    pool = torch.randn(pages * sequences, page, 2 * 2 * 16, generator=generator)
+    k, v = (x.unflatten(2, (2, 16)) for x in pool.chunk(2, 2))
+    tables = torch.randperm(pages * sequences, generator=generator).view(sequences, pages).to(torch.int32)
+    q = torch.randn(requests[-1].queries.stop, 4, 16, generator=generator)
+    out, lse = load_kernel(name).attend_pages(q, k, v, tables, requests, 0.25)
+    assert lse.dtype == torch.float32
+    for request in requests:
+        rows = slice(*request.queries)
+        keys, values = (x[tables[request.sequence].long()].flatten(0, 1)[: request.keys] for x in (k, v))
+        mask = torch.ones(request.queries.rows, request.keys, dtype=torch.bool).tril(request.keys - request.queries.rows)
+        expected, expected_lse = truth(q[rows], keys, values, mask)
+        torch.testing.assert_close(out[rows].double(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(lse[:, rows].double(), expected_lse, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([Request(Span(0, 2), 0, 9)], "9 keys of sequence 0 do not fit into a block table of 8 tokens"),
+        ([Request(Span(1, 4), 0, 4)], "do not follow row 0"),
+        ([Request(Span(0, 3), 0, 4)], "cover 3 of 4 query rows"),
+    ],
+)
+def test_requests_that_do_not_fit_are_an_error(requests, message):
+    pages, tables = torch.zeros(2, 4, 1, 16), torch.tensor([[1, 0]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        load_kernel("reference").attend_pages(torch.zeros(4, 1, 16), pages, pages, tables, requests, 1.0)
+    with pytest.raises(ValueError, match="cannot be the last of 2 tokens"):
+        Request(Span(0, 3), 0, 2)
+
+
 def test_auto_takes_the_flash_kernel_on_cpu_and_the_reference_where_nothing_else_can():
     assert pick_kernel("cpu", "float32", 64, 64).name == "cpu_flash"
-    assert pick_kernel("cpu", "float32", 192, 128).name == "reference"
+    assert pick_kernel("cpu", "float32", 192, 128).name == "cpu_flash"
+    assert pick_kernel("cuda", "float32", 64, 64).name == "reference"
 
 
 def test_unavailable_kernels_say_why():
     assert "cuda" in load_kernel("sdpa").available("cpu", "bfloat16", 64, 64)
-    assert "192 and 128" in load_kernel("cpu_flash").available("cpu", "float32", 192, 128)
+    assert "cpu" in load_kernel("cpu_flash").available("cuda", "float32", 192, 128)
     with pytest.raises(CpbenchError, match="Unknown kernel"):
         load_kernel("cpu_flush")
