@@ -1,4 +1,4 @@
-"""Memory that outlives a pass: reused scratch buffers, and the K/V cache that a server would keep.
+"""Memory that outlives a pass: scratch buffers that every layer reuses.
 
 Fresh memory costs page faults (3 to 4 microseconds per 4 KiB page on CPU), so what every layer needs is allocated once and reused.
 Every tensor has a category, so that a memory report can say what it is for. Nothing is decided here about what is stored.
@@ -35,18 +35,3 @@ class Buffers:
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(category, flat tensor) of everything held."""
         return [(CATEGORIES[name.split("_")[0]], flat) for name, flat in self._flat.items()]
-
-
-class KVCache:
-    """Where a strategy puts the K/V that a server keeps: one buffer per layer, or one for all layers where it is dropped."""
-
-    def __init__(self, keep: bool) -> None:
-        self.keep = keep
-        self._buffers = Buffers()
-
-    def get(self, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """This layer's buffer, with undefined content the first time."""
-        return self._buffers.get(f"cache_{layer}" if self.keep else "gather", shape, like)
-
-    def tensors(self) -> list[tuple[str, Tensor]]:
-        return self._buffers.tensors()

@@ -6,23 +6,30 @@ with the same id do the same work. Whether a cell can run is decided in plan.py,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
-from cpbench.partition import Split, split
+from cpbench.partition import Block, Split, packed, split, switched_off
 from cpbench.units import format_count
 
 TARGETS = ("prefill", "layer", "attention")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep"}
+PAGE_SIZE = 64  # tokens of a cache page where nothing else is asked for
+# every knob that changes the work, beside those that each cell names
+DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep", "chunk": None, "page_size": None, "cache_tokens": None, "head_groups": 1}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Target, model, layout, strategy and batch. `lengths` are the new tokens of each sequence; the batch is packed."""
+    """Target, model, layout, strategy and batch.
+
+    `lengths` are the new tokens of each sequence, `prefixes` its cached ones; the batch is packed. With `chunk`, a pass runs in steps of
+    at most so many new tokens of each sequence. `page_size` and `cache_tokens` (capacity per rank) describe the paged K/V cache.
+    """
 
     target: str
     config: ModelConfig
@@ -36,6 +43,15 @@ class Cell:
     lengths: tuple[int, ...]
     seed: int = 0
     kv_cache: str = "keep"
+    prefixes: tuple[int, ...] = ()
+    chunk: int | None = None
+    page_size: int | None = None
+    cache_tokens: int | None = None
+    head_groups: int = 1
+    earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefixes", self.prefixes or (0,) * len(self.lengths))
 
     @property
     def world_size(self) -> int:
@@ -52,8 +68,53 @@ class Cell:
 
     @cached_property
     def split(self) -> Split:
-        """The blocks of every context-parallel rank. Raises CpbenchError where the batch cannot be split."""
-        return split(self.partition, self.lengths, self.layout.cp)
+        """The blocks of every context-parallel rank, for a cell that runs in one step."""
+        return split(self.partition, self.lengths, self.layout.cp, self.prefixes, self.layout.ulysses)
+
+    @property
+    def cp_off(self) -> str | None:
+        """Why context parallelism is off for this batch, decided from its lengths; None where it is on or was not asked for."""
+        return switched_off(self.partition, self.lengths, self.layout.cp)
+
+    @cached_property
+    def steps(self) -> tuple[Cell, ...]:
+        """The steps of a pass: this cell itself, or one cell per chunk, whose prefixes hold the chunks before.
+
+        A rest of fewer than 2*cp tokens is added to the chunk before it, so that a rest does not switch context parallelism off. Where it
+        is off, every rank computes every token without communication.
+        """
+        if self.cp_off:
+            return replace(self, strategy="none", partition="replicated").steps
+        if self.chunk is None:
+            return (self,)
+        chunks = [_chunks(length, self.chunk, 2 * self.layout.cp) for length in self.lengths]
+        steps: list[Cell] = []
+        prefixes, earlier = self.prefixes, ()
+        for index in range(max(map(len, chunks))):
+            lengths = tuple(sizes[index] if index < len(sizes) else 0 for sizes in chunks)
+            steps.append(replace(self, lengths=lengths, prefixes=prefixes, chunk=None, earlier=earlier))
+            prefixes = tuple(p + n for p, n in zip(prefixes, lengths, strict=True))
+            earlier = (*earlier, lengths)
+        return tuple(steps)
+
+    @property
+    def paged(self) -> bool:
+        """Whether K and V live in pages: where tokens are cached already, where chunks will be, or where it is asked for."""
+        return any(self.prefixes) or self.chunk is not None or self.page_size is not None or bool(self.earlier)
+
+    @property
+    def tokens_per_page(self) -> int:
+        return self.page_size or PAGE_SIZE
+
+    @cached_property
+    def max_rows(self) -> int:
+        """The largest number of new tokens that a context-parallel rank holds over all steps."""
+        return max(sum(step.split.rows(rank) for step in self.steps) for rank in range(self.layout.cp))
+
+    def packed_tokens(self, blocks: tuple[Block, ...]) -> list[range]:
+        """Index in the packed batch of new tokens of each row of the blocks, whichever step they belong to."""
+        starts = [0, *accumulate(self.lengths)]
+        return [packed(block, starts[block.sequence] - self.prefixes[block.sequence]) for block in blocks]
 
     @property
     def heads(self) -> int:
@@ -80,6 +141,7 @@ class Cell:
             "dtype": self.dtype,
             "device": self.device,
             "lengths": list(self.lengths),
+            **({"prefixes": list(self.prefixes)} if any(self.prefixes) else {}),
             "seed": self.seed,
             "options": options,
         }
@@ -89,7 +151,7 @@ class Cell:
         """The key as one line: the identity used by resume."""
         key = self.key
         options = [f"{name}={value}" for name, value in sorted(key["options"].items())]
-        lengths = [format_count(length) for length in self.lengths]
+        lengths = [format_count(n) + (f"@{format_count(p)}" if p else "") for n, p in zip(self.lengths, self.prefixes, strict=True)]
         lengths = [f"{lengths[0]}x{len(lengths)}"] if len(lengths) > 1 and len(set(lengths)) == 1 else lengths
         parts = [self.target, self.config.name, f"l{self.layers}", str(self.layout), self.strategy, self.partition, self.kernel, self.dtype, self.device]
         return "/".join([*parts, "+".join(lengths), f"seed{self.seed}", *options])
@@ -102,7 +164,7 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a worker needs, as JSON."""
-        return {**self.key, "config": self.config.to_dict(), "kv_cache": self.kv_cache}
+        return {**self.key, "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Cell:
@@ -119,5 +181,15 @@ class Cell:
             device=data["device"],
             lengths=tuple(data["lengths"]),
             seed=data["seed"],
-            kv_cache=data["kv_cache"],
+            prefixes=tuple(data.get("prefixes", ())),
+            **data["options"],
         )
+
+
+def _chunks(length: int, chunk: int, shortest: int) -> list[int]:
+    """Sizes of the chunks of one sequence."""
+    sizes = [chunk] * (length // chunk)
+    rest = length % chunk
+    if rest and (rest >= shortest or not sizes):
+        return [*sizes, rest]
+    return [*sizes[:-1], sizes[-1] + rest] if rest else sizes

@@ -25,12 +25,13 @@ class Communicator:
         self._tp.all_reduce(partial_nM)
         return partial_nM
 
-    def last_rows(self, hidden_nM: Tensor, rows: dict[int, int], batch: int) -> Tensor:
-        """The hidden state of each sequence's last token [batch, M] on every rank. `rows`: {sequence: local row} of those held here."""
-        last_BM = hidden_nM.new_zeros(batch, hidden_nM.shape[1])
-        for sequence, row in rows.items():
-            last_BM[sequence] = hidden_nM[row]
-        self._cp.all_reduce(last_BM)  # every other rank adds zeros, which is exact
+    def share_last(self, last_BM: Tensor, token_sharded: bool) -> Tensor:
+        """The hidden state of each sequence's last token [batch, M] on every rank, from rows that are zero except on the one that holds it.
+
+        Where every context-parallel rank computes every token, all have it.
+        """
+        if token_sharded:
+            self._cp.all_reduce(last_BM)  # every other rank adds zeros, which is exact
         return last_BM
 
     def greedy(self, logits_BV: Tensor, first: int) -> tuple[list[int], list[float]]:

@@ -6,19 +6,27 @@ nothing is run and torch is not imported. Tests hold every one of them against w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.strategies import STRATEGIES
+from cpbench.strategies.base import row_values
 
 
 def score_pairs(cell: Cell, rank: int) -> int:
-    """Score pairs of one layer on a global rank, summed over its query heads."""
-    return STRATEGIES[cell.strategy].score_pairs(cell, cell.layout.coordinates(rank)["cp"])
+    """Score pairs of one layer on a global rank, summed over its query heads and the steps of a pass."""
+    return sum(STRATEGIES[step.strategy].score_pairs(step, cell.layout.coordinates(rank)["cp"]) for step in cell.steps)
+
+
+def new_rows(cell: Cell, rank: int) -> int:
+    """New tokens that a global rank holds, over all steps."""
+    return sum(step.split.rows(cell.layout.coordinates(rank)["cp"]) for step in cell.steps)
 
 
 def flops_of_rank(cell: Cell, rank: int) -> int:
     """Floating-point operations of one pass on a global rank: two per multiply-add, no masked score counted."""
-    config, rows = cell.config, cell.split.rows(cell.layout.coordinates(rank)["cp"])
+    config, rows = cell.config, new_rows(cell, rank)
     attention = 4 * config.head_dim * score_pairs(cell, rank)
     if cell.target == "attention":
         return attention
@@ -36,46 +44,101 @@ def flops(cell: Cell) -> int:
 
 def traffic(cell: Cell, rank: int) -> Traffic:
     """What a global rank receives in one pass."""
+    total = Traffic()
+    for step in cell.steps:
+        total += _traffic_of_step(step, rank)
     layout, config = cell.layout, cell.config
-    strategy = STRATEGIES[cell.strategy].traffic(cell, layout.coordinates(rank)["cp"])
-    if cell.target == "attention":
-        return strategy
-    rows = cell.split.rows(layout.coordinates(rank)["cp"])
-    total = strategy.times(cell.layers)
-    if layout.tp > 1:
-        partial = 2 * (rows * config.hidden * cell.element_bytes) * (layout.tp - 1) // layout.tp
-        reductions = 2 * cell.layers + (1 if cell.target == "prefill" else 0)
-        total.add("tp", "all_reduce", partial * reductions, reductions)
     if cell.target == "prefill":
         batch = len(cell.lengths)
-        if layout.cp > 1:
+        if not cell.steps[-1].split.replicated:
             total.add("cp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.cp - 1) // layout.cp)
         if layout.tp > 1:
             total.add("tp", "all_gather", (layout.tp - 1) * batch * 4 * 8)  # two values and two indices in fp64
     return total
 
 
+def _traffic_of_step(step: Cell, rank: int) -> Traffic:
+    """The layers and the embedding of one step."""
+    cp_rank, layout = step.layout.coordinates(rank)["cp"], step.layout
+    strategy = STRATEGIES[step.strategy].traffic(step, cp_rank)
+    if step.target == "attention":
+        return strategy
+    total = strategy.times(step.layers)
+    if layout.tp > 1:
+        partial = 2 * (step.split.rows(cp_rank) * step.config.hidden * step.element_bytes) * (layout.tp - 1) // layout.tp
+        reductions = 2 * step.layers + (1 if step.target == "prefill" else 0)
+        total.add("tp", "all_reduce", partial * reductions, reductions)
+    return total
+
+
 def live_bytes(cell: Cell, rank: int) -> int:
-    """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer."""
-    cp_rank = cell.layout.coordinates(rank)["cp"]
-    strategy = STRATEGIES[cell.strategy]
-    extra = strategy.memory(cell, cp_rank)
-    config, size, n = cell.config, cell.element_bytes, cell.split.rows(cp_rank)
-    heads, kv_heads, dim = cell.heads, cell.kv_heads, config.head_dim
-    q, rows = n * heads * dim * size, n * 2 * kv_heads * dim * size
-    held_layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
-    kept = (extra.cache + (rows if strategy.keeps_local_rows else 0)) * held_layers
-    fixed = kept + extra.buffers + (0 if strategy.keeps_local_rows else rows)
-    attend = q + extra.transient
-    if cell.target == "attention":
-        return fixed + attend
-    residual = n * config.hidden * size
-    fixed += weights_bytes(cell) + residual + n * dim * 4  # cos and sin in fp32, half a head each
-    project = residual + q + rows  # normed rows and packed q, k, v
-    rotate = q + rows + q
-    output = q + residual
-    feed_forward = residual + 2 * n * config.intermediate // cell.layout.tp * size
-    return fixed + max(project, rotate, attend, output, feed_forward)
+    """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer in any step."""
+    cp_rank, config, size = cell.layout.coordinates(rank)["cp"], cell.config, cell.element_bytes
+    costs = [_step_bytes(step, cp_rank) for step in cell.steps]
+    layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
+    kept = pool_bytes(cell, cp_rank) if cell.paged else max(cost.kept for cost in costs)
+    fixed = kept * layers + max(cost.buffers for cost in costs) + max(cost.moment for cost in costs)
+    rows = new_rows(cell, rank)
+    if cell.target == "attention":  # the inputs of all steps are made once
+        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(costs) > 1 else 0)
+        return fixed + inputs * size
+    hidden = rows if cell.target == "layer" else max(step.split.rows(cp_rank) for step in cell.steps)
+    angles = max(step.split.rows(cp_rank) for step in cell.steps) * config.head_dim * 4  # cos and sin in fp32, half a head each
+    return fixed + weights_bytes(cell) + hidden * config.hidden * size + angles
+
+
+@dataclass(frozen=True)
+class _StepBytes:
+    """Kept by each layer where nothing is paged, reused by all layers, and alive at the largest moment of a layer."""
+
+    kept: int
+    buffers: int
+    moment: int
+
+
+def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
+    strategy, config, size = STRATEGIES[step.strategy], step.config, step.element_bytes
+    extra, n = strategy.memory(step, cp_rank), step.split.rows(cp_rank)
+    local, row = strategy.keeps_local_rows, row_values(step) * size
+    cached = sum(block.rows for block in strategy.cached(step, cp_rank)) if local else 0
+    kept, buffers = (extra.new_rows + (n * row if local else 0), extra.buffers + (0 if local else n * row))
+    attend = extra.transient
+    if step.paged:
+        kept, buffers = 0, extra.buffers + extra.new_rows + (cached + n) * row
+        if step.kv_cache == "keep":  # the rows on their way into pages
+            stored = sum(block.rows for block, _ in strategy.stored(step, cp_rank)) * cache_row_bytes(step, cp_rank)
+            attend = max(attend, stored)
+    if step.target == "attention":
+        return _StepBytes(kept, buffers, attend)
+    q, residual = n * step.heads * config.head_dim * size, n * config.hidden * size
+    project = residual + q + n * row  # normed rows and packed q, k, v
+    rotate = q + n * row + q
+    feed_forward = residual + 2 * n * config.intermediate // step.layout.tp * size
+    return _StepBytes(kept, buffers, max(project, rotate, q + attend, q + residual, feed_forward))
+
+
+def cached_tokens(cell: Cell, cp_rank: int) -> list[int]:
+    """Tokens of each sequence that a context-parallel rank has in pages when a pass is over."""
+    strategy, last = STRATEGIES[cell.steps[0].strategy], cell.steps[-1]
+    counts = [0] * len(cell.lengths)
+    stored = [block for block, _ in strategy.stored(last, cp_rank)] if cell.kv_cache == "keep" else []
+    for block in [*strategy.cached(last, cp_rank), *stored]:
+        counts[block.sequence] += block.rows
+    return counts
+
+
+def cache_row_bytes(cell: Cell, cp_rank: int) -> int:
+    """K and V of one token in the cache of one layer."""
+    strategy = STRATEGIES[cell.steps[0].strategy]
+    heads = sum(len(lane) for lane in strategy.cache_heads(cell.steps[0], cp_rank))
+    return 2 * heads * cell.config.head_dim * cell.element_bytes
+
+
+def pool_bytes(cell: Cell, cp_rank: int) -> int:
+    """All pages of one layer on a context-parallel rank."""
+    size = cell.tokens_per_page
+    pages = max(sum(-(-tokens // size) for tokens in cached_tokens(cell, cp_rank)), -(-(cell.cache_tokens or 0) // size))
+    return pages * size * cache_row_bytes(cell, cp_rank)
 
 
 def weights_bytes(cell: Cell) -> int:

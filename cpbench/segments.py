@@ -80,39 +80,72 @@ def place(blocks: Iterable[Block], start: int = 0) -> list[PlacedBlock]:
 def causal_segments(queries: Sequence[PlacedBlock], keys: Sequence[PlacedBlock]) -> tuple[Segment, ...]:
     """The causal attention of the query blocks to the key blocks, in as few and as long ranges as the two row orders allow.
 
-    Blocks must be equal, or not overlap. A query block with no visible key gets no segment.
+    A key block lies before a query block, or has its step, or both. A query block with no visible key gets no segment.
     """
     segments: list[Segment] = []
     for query, row in queries:
-        full, causal = [], None
+        whole = Span(row, row + query.rows)
+        full: list[Span] = []
+        squares: list[Segment] = []
         for key, key_row in keys:
-            if key.sequence != query.sequence or key.start >= query.stop:
+            if key.sequence != query.sequence or key.start > query.last:
                 continue
-            if key == query:
-                causal = Span(key_row, key_row + key.rows)
-            elif key.stop <= query.start:
+            if key.last < query.start:
                 full.append(Span(key_row, key_row + key.rows))
+            elif key.step == query.step:
+                squares += _staircase(query, row, key, key_row)
             else:
-                raise ValueError(f"key block {key} overlaps query block {query}")
-        if full or causal:
-            _append(segments, Segment(Span(row, row + query.rows), joined(full), causal))
+                raise ValueError(f"key block {key} overlaps query block {query} in another step")
+        first = squares[0] if squares and squares[0].queries == whole else None
+        if first:
+            full += first.full
+        if full or first:
+            _append(segments, Segment(whole, joined(full), first.causal if first else None))
+        segments += [square for square in squares if square is not first]
     return tuple(segments)
 
 
+def _staircase(query: Block, row: int, key: Block, key_row: int) -> list[Segment]:
+    """Two blocks of the same step that overlap: query i sees key j where j <= i - late, so the visible keys grow by one per query.
+
+    Queries before the first visible key have no segment; keys that all others see are a full range; the rest is a causal square, and
+    queries behind the last key see all keys.
+
+        late = 1    key 0 1 2      late = -2   key 0 1 2 3 4
+        query 0     .              query 0     # # \\
+        query 1     \\              query 1     # # # \\
+        query 2     # \\            query 2     # # # # \\
+    """
+    late = -((query.start - key.start) // query.step)
+    first, head = max(0, late), max(0, -late)
+    size = min(query.rows - first, key.rows - head)
+    start, seen = row + first, key_row + head
+    full = (Span(key_row, seen),) if head else ()
+    segments = [Segment(Span(start, start + size), full, Span(seen, seen + size))] if size > 0 else []
+    behind = Span(start + max(size, 0), row + query.rows)
+    if behind.rows:
+        segments.append(Segment(behind, (Span(key_row, key_row + key.rows),)))
+    return segments
+
+
 def by_queries(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Segments without causal squares, those of equal query rows made one, and their adjacent key ranges with them."""
+    """Segments of equal query rows made one as far as they have no causal square, and their adjacent key ranges with them."""
     full: dict[Span, list[Span]] = {}
+    causal = []
     for segment in segments:
-        full.setdefault(segment.queries, []).extend(segment.full)
-    return tuple(Segment(queries, joined(spans)) for queries, spans in full.items())
+        if segment.causal:
+            causal.append(segment)
+        else:
+            full.setdefault(segment.queries, []).extend(segment.full)
+    return (*(Segment(queries, joined(spans)) for queries, spans in full.items()), *causal)
 
 
 def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """Sorted, with adjacent spans made one."""
+    """Sorted, with spans that touch or overlap made one."""
     joined: list[Span] = []
     for span in sorted(spans):
-        if joined and joined[-1].stop == span.start:
-            joined[-1] = Span(joined[-1].start, span.stop)
+        if joined and joined[-1].stop >= span.start:
+            joined[-1] = Span(joined[-1].start, max(joined[-1].stop, span.stop))
         else:
             joined.append(span)
     return tuple(joined)

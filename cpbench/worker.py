@@ -26,7 +26,7 @@ from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.distributed.traffic import Traffic
-from cpbench.formulas import flops_of_rank, live_bytes, score_pairs, traffic
+from cpbench.formulas import flops_of_rank, live_bytes, new_rows, score_pairs, traffic
 from cpbench.kernels import load_kernel, pick_kernel
 from cpbench.kernels.base import Kernel
 from cpbench.measure.device import Device, open_device
@@ -119,7 +119,9 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "first_call_s": None,
         "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
         "kernel": kernel.name,
-        "tokens_per_rank": cell.split.max_rows,
+        "tokens_per_rank": cell.max_rows,
+        "cp_active": cell.cp_off is None,
+        "cp_off_reason": cell.cp_off,
         "threads_per_rank": job.data["threads"] if cell.device == "cpu" else None,
         "oversubscribed": job.data["oversubscribed"],
         "warnings": [],
@@ -202,7 +204,7 @@ def _ranks(cell: Cell, samples: Samples, live: list[int]) -> list[dict[str, Any]
             {
                 "rank": rank,
                 "coordinates": place,
-                "tokens": cell.split.rows(place["cp"]),
+                "tokens": new_rows(cell, rank),
                 "score_pairs": score_pairs(cell, rank),
                 "median_s": samples.of_rank(rank),
                 "peak_live_bytes": live[rank],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpbench.distributed.collectives import Group, LocalWorld, ProcessGroup, Recorder, new_process_group
-from cpbench.layout import AXES, Layout
+from cpbench.layout import AXES, INNER_AXES, Layout
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Groups:
     rank: int
     cp: Group
     tp: Group
+    ring: Group  # the two parts of cp in a hybrid
+    ulysses: Group
     world: Group
     recorder: Recorder
 
@@ -36,9 +38,9 @@ class Mesh:
         if layout.world_size != self.world_size:
             raise ValueError(f"layout {layout} has {layout.world_size} ranks, the world has {self.world_size}")
         recorder = Recorder()
-        mine = {axis: self._join(axis, layout.groups(axis), recorder) for axis in AXES}
+        mine = {axis: self._join(axis, layout.groups(axis), recorder) for axis in (*AXES, *INNER_AXES)}
         world = ProcessGroup("world", range(self.world_size), self.rank, recorder, None)
-        return Groups(layout, self.rank, mine["cp"], mine["tp"], world, recorder)
+        return Groups(layout, self.rank, **mine, world=world, recorder=recorder)
 
     def _join(self, axis: str, groups: tuple[tuple[int, ...], ...], recorder: Recorder) -> ProcessGroup:
         found = None
@@ -55,6 +57,7 @@ class Mesh:
 def local_groups(layout: Layout, world: LocalWorld, rank: int) -> Groups:
     """The same groups on the local backend, where every rank is a thread of this process."""
     recorder = Recorder()
-    mine = {axis: world.group(axis, ranks, ranks.index(rank), recorder) for axis in AXES for ranks in layout.groups(axis) if rank in ranks}
+    axes = (*AXES, *INNER_AXES)
+    mine = {axis: world.group(axis, ranks, ranks.index(rank), recorder) for axis in axes for ranks in layout.groups(axis) if rank in ranks}
     everyone = world.group("world", range(layout.world_size), rank, recorder)
-    return Groups(layout, rank, mine["cp"], mine["tp"], everyone, recorder)
+    return Groups(layout, rank, **mine, world=everyone, recorder=recorder)

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 class Accumulator:
-    """The running (out, lse) of `rows` query rows. Merge buffers come from `buffers` and are reused by the next accumulator."""
+    """The running (out, lse) of `rows` query rows. Merge buffers come from `buffers` and are reused by the next accumulator of that name."""
 
-    def __init__(self, rows: int, buffers: Buffers) -> None:
+    def __init__(self, rows: int, buffers: Buffers, name: str = "merge") -> None:
         self._rows = Span(0, rows)
         self._buffers = buffers
+        self._name = name
         self._whole: tuple[Tensor, Tensor] | None = None  # a result for all rows that is still in the kernel's dtype
         self._out: Tensor | None = None  # fp32 [T, H, E]
         self._lse: Tensor | None = None  # fp32 [H, T]
@@ -58,6 +59,14 @@ class Accumulator:
             raise ValueError(f"rows {self._rows} are not all covered: {self._covered}")
         return self._out if self._dtype == torch.float32 else self._out.to(self._dtype)
 
+    def running(self) -> tuple[Tensor, Tensor]:
+        """(out [T, H, E], lse [H, T]) as they are; rows that no result covered are undefined. Raises ValueError before the first result."""
+        if self._whole is not None:
+            return self._whole
+        if self._out is None or self._lse is None:
+            raise ValueError("no result has been added")
+        return self._out, self._lse
+
     def _open(self, out_THE: Tensor) -> None:
         """Make the fp32 buffers on the first result that has to be merged, or that covers a part of the rows."""
         if self._out is not None:
@@ -68,8 +77,8 @@ class Accumulator:
         if self._whole is not None and self._whole[0].dtype == working:
             self._out, self._lse = self._whole  # merging in place: the kernel's output is ours
         else:
-            self._out = self._buffers.get("merge_out", (rows, heads, dim), out_THE, working)
-            self._lse = self._buffers.get("merge_lse", (heads, rows), out_THE, working)
+            self._out = self._buffers.get(f"{self._name}_out", (rows, heads, dim), out_THE, working)
+            self._lse = self._buffers.get(f"{self._name}_lse", (heads, rows), out_THE, working)
             if self._whole is not None:
                 self._out.copy_(self._whole[0])
                 self._lse.copy_(self._whole[1])

@@ -88,10 +88,9 @@ class Decoder:
             x_nM = layer.forward(x_nM, cos, sin, attention, communicator)
         return x_nM
 
-    def first_tokens(self, x_nM: Tensor, last_rows: dict[int, int], batch: int, communicator: Communicator) -> FirstTokens:
+    def first_tokens(self, last_BM: Tensor, communicator: Communicator) -> FirstTokens:
         """Final norm and head on the last token of each sequence only: a server needs no other logits of a prefill."""
-        last_BM = rms_norm(communicator.last_rows(x_nM, last_rows, batch), self.final_norm, self.config.norm_eps)
-        logits_BV = F.linear(last_BM, self.head).float()
+        logits_BV = F.linear(rms_norm(last_BM, self.final_norm, self.config.norm_eps), self.head).float()
         tokens, margins = communicator.greedy(logits_BV, self.vocabulary.start)
         return FirstTokens(tokens, margins, logits_BV)
 

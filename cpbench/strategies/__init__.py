@@ -5,8 +5,11 @@ from __future__ import annotations
 from cpbench.strategies.allgather import AllGather
 from cpbench.strategies.base import Strategy
 from cpbench.strategies.none import NoParallelism
+from cpbench.strategies.pass_q import PassQ
 from cpbench.strategies.ring import Ring
 from cpbench.strategies.ulysses import Ulysses
+from cpbench.strategies.ulysses_gather import UlyssesGather
+from cpbench.strategies.usp import Usp
 
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
@@ -15,5 +18,8 @@ STRATEGIES: dict[str, Strategy] = {
         AllGather(),
         Ring(),
         Ulysses(),
+        UlyssesGather(),
+        Usp(),
+        PassQ(),
     )
 }

@@ -1,12 +1,16 @@
 """All-gather: every rank gathers the K and V of all, packed in one collective per layer, and attends with its own queries.
 
-While the gather is in flight the rank attends to its own rows. What has arrived is read where it lies, in rank order: full ranges need
-no order, so nothing is reordered, and rows that pad uneven ranks are never looked at.
+While the gather is in flight the rank attends to its own rows and to the cached prefix, which it has. What has arrived is read where it
+lies, in rank order: full ranges need no order, so nothing is reordered, and rows that pad uneven ranks are never looked at.
 
     zigzag, cp=4, rank 1                gathered: | 0 7 | 1 6 | 2 5 | 3 4 |
         own rows, during the gather               .     causal  .     .
         queries 1 and 6 (one call)                0     own     .     .
         query 6 (one call)                        .     own     2 5   3 4
+
+With `head_groups`, K and V travel in that many collectives by kv heads, so that a group's gather hides behind the group before. A kernel
+that reads pages where they lie takes the other way that SGLang and the Llama 3 report describe: gather into the pages, then one call in
+which each block of queries sees its own prefix of them.
 
 Each rank keeps the whole K/V, as SGLang's prefill context parallelism does (PR 23269).
 """
@@ -18,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.segments import Segment, by_queries, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, row_values
+from cpbench.layout import nearest_divisor
+from cpbench.segments import PlacedBlock, Request, Segment, Span, by_queries, causal_segments, place
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, packed_heads, row_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,50 +34,124 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GatherPlan:
-    """Own segments index the rank's rows; remote ones the gathered buffer [ranks * max_rows, W]."""
+    """`own` segments index the rank's rows; `cached` and `remote` ones a buffer [cached + ranks * max_rows, W].
+
+    `requests` are the same work on pages in the order of positions; empty where a rank's blocks have gaps.
+    """
 
     own: tuple[Segment, ...]
+    cached: tuple[Segment, ...]
     remote: tuple[Segment, ...]
+    requests: tuple[Request, ...]
+    cached_rows: int
     max_rows: int
+    head_groups: int
 
 
 class AllGather(Strategy):
     name = "allgather"
     summary = "every rank gathers K and V of all ranks in one packed collective"
-    partitions = ("zigzag", "contiguous")
+    partitions = ("zigzag", "contiguous", "interleave")
+
+    def check(self, cell: Cell) -> str | None:
+        if cell.kv_heads % cell.head_groups:
+            near = nearest_divisor(cell.head_groups, cell.kv_heads)
+            return f"{cell.kv_heads} kv heads do not divide into {cell.head_groups} head groups; the nearest valid value is head_groups={near}"
+        return super().check(cell)
+
+    def stored(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        split = cell.split
+        cached = sum(block.rows for block in self.cached(cell, rank))
+        return [placed for source, blocks in enumerate(split.ranks) for placed in place(blocks, cached + source * split.max_rows)]
 
     def plan(self, cell: Cell, rank: int) -> GatherPlan:
         split = cell.split
-        own = place(split.ranks[rank])
-        arrived = [place(blocks, source * split.max_rows) for source, blocks in enumerate(split.ranks) if source != rank]
+        own, cached = place(split.ranks[rank]), cached_rows(self.cached(cell, rank))
+        before = sum(block.rows for block, _ in cached)
+        arrived = [place(blocks, before + source * split.max_rows) for source, blocks in enumerate(split.ranks) if source != rank]
         remote = [segment for blocks in arrived for segment in causal_segments(own, blocks)]
-        return GatherPlan(causal_segments(own, own), by_queries(remote), split.max_rows)
+        requests = [Request(Span(row, row + block.rows), block.sequence, block.stop) for block, row in own if block.step == 1]
+        return GatherPlan(
+            own=causal_segments(own, own),
+            cached=causal_segments(own, cached),
+            remote=by_queries(remote),
+            requests=tuple(requests) if len(requests) == len(own) else (),
+            cached_rows=before,
+            max_rows=split.max_rows,
+            head_groups=cell.head_groups,
+        )
 
-    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, layer: int) -> Tensor:
-        from cpbench.kernels.accumulate import Accumulator
+    def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, layer: int) -> Tensor:
+        if plan.head_groups == 1:
+            return _Gather(q_THD, rows_SW, open_rows, plan, context, layer).finish()
+        k_SGD, v_SGE = open_rows(rows_SW)
+        heads, kv_heads = q_THD.shape[1] // plan.head_groups, k_SGD.shape[1] // plan.head_groups
+        groups = zip(q_THD.split(heads, 1), k_SGD.split(kv_heads, 1), v_SGE.split(kv_heads, 1), strict=True)
+        started = [  # every gather is posted before the first attention
+            _Gather(q, *packed_heads(k, v), plan, context, layer * plan.head_groups + number) for number, (q, k, v) in enumerate(groups)
+        ]
+        out_THE = q_THD.new_empty(*q_THD.shape[:2], v_SGE.shape[2])
+        for part, gather in zip(out_THE.split(heads, 1), started, strict=True):
+            part.copy_(gather.finish())
+        return out_THE
 
-        n, width = rows_nW.shape
-        gathered = context.cache.get(layer, (context.group.size * plan.max_rows, width), rows_nW)
-        block = rows_nW
-        if n < plan.max_rows:  # uneven ranks: the collective needs equal blocks
-            block = context.buffers.get("comm_padded", (plan.max_rows, width), rows_nW)
-            block[:n].copy_(rows_nW)
-        in_flight = context.group.all_gather(gathered, block)
-        result = Accumulator(n, context.buffers)
-        context.kernel.attend(q_THD, *open_rows(rows_nW), plan.own, context.scale, result)
-        in_flight.wait()
-        context.kernel.attend(q_THD, *open_rows(gathered), plan.remote, context.scale, result)
-        return result.result()
+    def cache_heads(self, cell: Cell, rank: int) -> tuple[tuple[int, ...], ...]:
+        heads = cell.kv_heads // cell.head_groups
+        return tuple(tuple(range(first, first + heads)) for first in range(0, cell.kv_heads, heads))
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         traffic = Traffic()
         cp = cell.layout.cp
-        traffic.add("cp", "all_gather", (cp - 1) * cell.split.max_rows * row_values(cell) * cell.element_bytes)
+        traffic.add("cp", "all_gather", (cp - 1) * cell.split.max_rows * row_values(cell) * cell.element_bytes, cell.head_groups)
         return traffic
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        split, row = cell.split, row_values(cell) * cell.element_bytes
-        padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
+        split, row, groups = cell.split, row_values(cell) * cell.element_bytes, cell.head_groups
         plan = self.plan(cell, rank)
-        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), [*plan.own, *plan.remote])
-        return AttentionMemory(cell.layout.cp * split.max_rows * row, padded + buffers, transient)
+        gathered = (plan.cached_rows + cell.layout.cp * split.max_rows) * row
+        padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
+        segments = [*plan.own, *plan.cached, *plan.remote]
+        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
+        grouped = split.rows(rank) * (cell.heads * cell.config.head_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
+        return AttentionMemory(new_rows=gathered, buffers=padded + buffers, transient=transient + grouped)
+
+
+class _Gather:
+    """The gather of one group of kv heads, in flight from the start, and the attention that uses it. `lane` names its part of the cache."""
+
+    def __init__(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, lane: int) -> None:
+        self.q_THD, self.rows_nW, self.open_rows, self.plan, self.context, self.lane = q_THD, rows_nW, open_rows, plan, context, lane
+        n, width = rows_nW.shape
+        self.gathered = context.cache.get(lane, (plan.cached_rows + context.group.size * plan.max_rows, width), rows_nW)
+        block = rows_nW
+        if n < plan.max_rows:  # uneven ranks: the collective needs equal blocks
+            block = context.buffers.get(f"comm_padded{lane % plan.head_groups}", (plan.max_rows, width), rows_nW)
+            block[:n].copy_(rows_nW)
+        self.in_flight = context.group.all_gather(self.gathered[plan.cached_rows :], block)
+
+    def finish(self) -> Tensor:
+        """Attend: out [T, H, E]. Valid until the next group finishes."""
+        from cpbench.kernels.accumulate import Accumulator
+
+        size, multiple = self.context.cache.page_size, self.context.kernel.page_multiple
+        if self.plan.requests and size and multiple and size % multiple == 0:
+            return self._in_pages()
+        cache, kernel, plan, scale = self.context.cache, self.context.kernel, self.plan, self.context.scale
+        result = Accumulator(self.q_THD.shape[0], self.context.buffers)
+        kernel.attend(self.q_THD, *self.open_rows(self.rows_nW), plan.own, scale, result)
+        if plan.cached_rows:
+            cache.read(self.lane, self.gathered[: plan.cached_rows])
+            kernel.attend(self.q_THD, *self.open_rows(self.gathered), plan.cached, scale, result)
+        self.in_flight.wait()
+        kernel.attend(self.q_THD, *self.open_rows(self.gathered), plan.remote, scale, result)
+        cache.write(self.lane, self.gathered)
+        return result.result()
+
+    def _in_pages(self) -> Tensor:
+        """Everything into pages, then one call over all blocks of queries."""
+        cache = self.context.cache
+        self.in_flight.wait()
+        cache.write(self.lane, self.gathered)
+        pages = cache.pages(self.lane, self.rows_nW.shape[1], self.rows_nW)
+        k, v = (x.unflatten(0, pages.shape[:2]) for x in self.open_rows(pages.flatten(0, 1)))
+        return self.context.kernel.attend_pages(self.q_THD, k, v, cache.tables, self.plan.requests, self.context.scale)[0]

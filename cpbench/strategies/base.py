@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.partition import too_short
-from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, Segment
+from cpbench.partition import Block, Blocks, cut, split
+from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, PlacedBlock, Segment, place
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cpbench.buffers import Buffers, KVCache
+    from cpbench.buffers import Buffers
+    from cpbench.cache import StepCache
     from cpbench.distributed.collectives import Group
+    from cpbench.distributed.mesh import Groups
     from cpbench.kernels.base import Kernel
 
     OpenRows = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -32,36 +34,59 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What a strategy works with on one rank: the group, the kernel, reused memory, and the kept K/V."""
+    """What a strategy works with on one rank: the groups, the kernel, reused memory, and the K/V cache of the step at hand."""
 
-    group: Group
+    groups: Groups
     kernel: Kernel
     buffers: Buffers
-    cache: KVCache
+    cache: StepCache
     scale: float
+
+    @property
+    def group(self) -> Group:
+        """All context-parallel ranks."""
+        return self.groups.cp
 
 
 class Strategy(ABC):
-    """One algorithm. Instances hold no state."""
+    """One algorithm. Instances hold no state. The cells they get run in one step: lengths, and prefixes that are cached."""
 
     name: str
     summary: str
     partitions: tuple[str, ...]  # the first is the default
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
+    brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
 
     def check(self, cell: Cell) -> str | None:
         """Why this cell cannot run, with the nearest valid value; None if it can."""
         if cell.partition not in self.partitions:
             return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
-        return too_short(cell.lengths, cell.layout.cp)
+        if cell.layout.ulysses > 1:
+            return f"{self.name} does not divide its group as {cell.layout} says; use usp or the layout cp{cell.layout.cp}"
+        return None
+
+    def cached(self, cell: Cell, rank: int) -> Blocks:
+        """The cached tokens that context-parallel rank `rank` has, for the heads of `cache_heads`: all of them, unless tokens are spread."""
+        return tuple(Block(sequence, 0, prefix) for sequence, prefix in enumerate(cell.prefixes) if prefix)
+
+    def cache_heads(self, cell: Cell, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Which kv heads of its tensor-parallel rank a rank caches: one entry per buffer or pool that it keeps for a layer."""
+        return (tuple(range(cell.kv_heads)),)
+
+    def stored(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        """The new tokens whose K and V a rank keeps, and where they lie in the buffer that it keeps them from."""
+        return place(cell.split.ranks[rank])
 
     @abstractmethod
     def plan(self, cell: Cell, rank: int) -> Any:
         """What context-parallel rank `rank` computes and moves: frozen data, made once per cell."""
 
     @abstractmethod
-    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: Any, context: Context, layer: int) -> Tensor:
-        """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""
+    def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: Any, context: Context, layer: int) -> Tensor:
+        """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype.
+
+        `rows_SW` are this rank's rows: where it keeps its own rows, the cached ones (placed as `cached_rows` says) and then the new ones.
+        """
 
     @abstractmethod
     def traffic(self, cell: Cell, rank: int) -> Traffic:
@@ -76,9 +101,33 @@ class Strategy(ABC):
         """Bytes that this strategy adds on rank `rank`."""
 
 
+def cached_rows(cached: Blocks) -> list[PlacedBlock]:
+    """Where cached blocks lie after they were read: sequences one after the other."""
+    return place(sorted(cached, key=lambda block: block.sequence))
+
+
+def laid_out(cached: Blocks, new: Blocks) -> list[PlacedBlock]:
+    """Where blocks lie in a buffer of a rank's cached rows and then its new ones."""
+    return [*cached_rows(cached), *place(new, sum(block.rows for block in cached))]
+
+
+def spread_cache(cell: Cell, parts: int, index: int) -> Blocks:
+    """Part `index` of the cached tokens where they are spread over `parts` places: a piece of each prefix, and the place's own earlier chunks."""
+    chunks = [sum(sizes) for sizes in zip(*cell.earlier, strict=True)] if cell.earlier else [0] * len(cell.lengths)
+    prefixes = tuple(prefix - done for prefix, done in zip(cell.prefixes, chunks, strict=True))
+    blocks = [Block(sequence, *cut(prefix, parts)[index]) for sequence, prefix in enumerate(prefixes)]
+    for lengths in cell.earlier:
+        blocks += sorted(split(cell.partition, lengths, parts, prefixes).ranks[index], key=lambda block: block.start)
+        prefixes = tuple(prefix + length for prefix, length in zip(prefixes, lengths, strict=True))
+    return tuple(block for block in blocks if block.rows)
+
+
 @dataclass(frozen=True)
 class ParallelAttention:
-    """A strategy with its plan and context: all that a model sees of context parallelism."""
+    """A strategy with its plan and context: all that a model sees of context parallelism.
+
+    Where a strategy keeps its own rows, cached rows lie before the new ones in one buffer, so that both travel as one.
+    """
 
     strategy: Strategy
     plan: Any
@@ -86,13 +135,25 @@ class ParallelAttention:
 
     def rows(self, layer: int, shape: tuple[int, int], like: Tensor) -> Tensor:
         """Where the model writes this rank's K/V rows: in the cache if that is what the strategy keeps."""
-        if self.strategy.keeps_local_rows and self.context.cache.keep:
+        if self.strategy.keeps_local_rows and self.context.cache.keeps_rows_in_place:
             return self.context.cache.get(layer, shape, like)
-        return self.context.buffers.get("rows", shape, like)
+        n, width = shape
+        return self.context.buffers.get("rows", (self._cached + n, width), like)[self._cached :]
 
     def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, layer: int) -> Tensor:
         """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""
-        return self.strategy.attend(q_THD, rows_nW, open_rows, self.plan, self.context, layer)
+        cache, rows_SW = self.context.cache, rows_nW
+        if self._cached:
+            rows_SW = self.context.buffers.get("rows", (self._cached + rows_nW.shape[0], rows_nW.shape[1]), rows_nW)
+            cache.read(layer, rows_SW[: self._cached])
+        if self.strategy.keeps_local_rows:
+            cache.write(layer, rows_nW)
+        return self.strategy.attend(q_THD, rows_SW, open_rows, self.plan, self.context, layer)
+
+    @property
+    def _cached(self) -> int:
+        """Cached rows before the new ones."""
+        return self.context.cache.cached_rows if self.strategy.keeps_local_rows else 0
 
 
 def row_values(cell: Cell) -> int:
@@ -100,11 +161,24 @@ def row_values(cell: Cell) -> int:
     return 2 * cell.kv_heads * cell.config.head_dim
 
 
+def packed_heads(k_SGD: Tensor, v_SGE: Tensor) -> tuple[Tensor, OpenRows]:
+    """Some heads of K and V as rows [S, W] of their own, and what opens such rows."""
+    import torch
+
+    heads, dim = k_SGD.shape[1:]
+    rows_SW = torch.cat([k_SGD.flatten(1), v_SGE.flatten(1)], 1)
+    return rows_SW, lambda rows: (rows[:, : heads * dim].unflatten(1, (heads, dim)), rows[:, heads * dim :].unflatten(1, (heads, -1)))
+
+
 @dataclass(frozen=True)
 class AttentionMemory:
-    """Bytes that a strategy adds on a rank: kept K/V per layer, buffers for good, and what is alive during `attend` beside q and rows."""
+    """Bytes that a strategy adds on a rank in one step.
 
-    cache: int = 0
+    `new_rows`: a layer's buffer for K and V beside the rank's rows, which is what is kept where nothing is paged; `buffers`: reused by
+    every layer; `transient`: alive during `attend` beside q and the rank's rows.
+    """
+
+    new_rows: int = 0
     buffers: int = 0
     transient: int = 0
 
@@ -141,9 +215,4 @@ def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:
     """The rows of the ranges, one after the other, as an index tensor."""
     import torch
 
-    return torch.cat([torch.empty(0, dtype=torch.int64, device=device), *(torch.arange(r.start, r.stop, device=device) for r in ranges)])
-
-
-def nearest_divisor(size: int, of: int) -> int:
-    """The divisor of `of` nearest to `size` (the smaller one where two are as near)."""
-    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: (abs(n - size), n))
+    return torch.cat([torch.empty(0, dtype=torch.int64, device=device), *(torch.arange(r.start, r.stop, r.step, device=device) for r in ranges)])

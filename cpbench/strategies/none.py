@@ -1,4 +1,4 @@
-"""No context parallelism: one rank (per tensor-parallel group) holds every token. The baseline of every sweep."""
+"""No context parallelism: a rank (per tensor-parallel group) computes every token. The baseline, and what a batch gets that is too short."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,18 +25,19 @@ class NoParallelism(Strategy):
         return f"none is for cp1, not {cell.layout}; use allgather, ring or ulysses" if cell.layout.cp > 1 else super().check(cell)
 
     def plan(self, cell: Cell, rank: int) -> tuple[Segment, ...]:
-        own = place(cell.split.ranks[rank])
-        return causal_segments(own, own)
+        new = cell.split.ranks[rank]
+        return causal_segments(place(new), laid_out(self.cached(cell, rank), new))
 
-    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: tuple[Segment, ...], context: Context, layer: int) -> Tensor:
+    def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: tuple[Segment, ...], context: Context, layer: int) -> Tensor:
         from cpbench.kernels.accumulate import Accumulator
 
         result = Accumulator(q_THD.shape[0], context.buffers)
-        context.kernel.attend(q_THD, *open_rows(rows_nW), plan, context.scale, result)
+        context.kernel.attend(q_THD, *open_rows(rows_SW), plan, context.scale, result)
         return result.result()
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         return Traffic()
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        return AttentionMemory(0, *calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank)))
+        buffers, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank))
+        return AttentionMemory(buffers=buffers, transient=transient)

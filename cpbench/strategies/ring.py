@@ -7,22 +7,26 @@ A block that no local query may see is passed on without a call. Partial results
         rank 0 holds 0 and 3   0,3 x 0,3 causal          3 x 1,2 full
         rank 1 holds 1 and 2   1,2 x 1,2 causal          1,2 x 0 full (block 3 is behind every query)
 
-Each rank keeps its own rows only: the K/V cache is split over the ranks.
+Each rank keeps its own rows only: the K/V cache is split over the ranks, and a cached prefix travels with the new rows. Striped
+attention (arXiv 2311.09431) is this ring on the interleave partition.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
+from cpbench.partition import Blocks
 from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, row_values
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, row_values, spread_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cpbench.distributed.collectives import Group
     from cpbench.strategies.base import OpenRows
 
 
@@ -37,42 +41,60 @@ class Step:
 class Ring(Strategy):
     name = "ring"
     summary = "blocks of K and V travel around the ring, each transfer behind the attention to the block before"
-    partitions = ("zigzag", "contiguous")
+    partitions = ("zigzag", "contiguous", "interleave")
     keeps_local_rows = True
 
+    def cached(self, cell: Cell, rank: int) -> Blocks:
+        return spread_cache(cell, cell.layout.cp, rank)
+
     def plan(self, cell: Cell, rank: int) -> tuple[Step, ...]:
-        split, cp = cell.split, cell.layout.cp
-        own = place(split.ranks[rank])
-        sources = [(rank - step) % cp for step in range(cp)]
-        following = [split.rows(source) for source in sources[1:]]
-        return tuple(Step(causal_segments(own, place(split.ranks[source])), next_rows) for source, next_rows in zip(sources, [*following, None], strict=True))
+        return ring_steps([(self.cached(cell, source), cell.split.ranks[source]) for source in range(cell.layout.cp)], rank)
 
-    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: tuple[Step, ...], context: Context, layer: int) -> Tensor:
-        from cpbench.kernels.accumulate import Accumulator
-
-        result = Accumulator(q_THD.shape[0], context.buffers)
-        here = rows_nW
-        for number, step in enumerate(plan):
-            if step.next_rows is not None:
-                arriving = context.buffers.get(f"comm_ring{number % 2}", (step.next_rows, here.shape[1]), here)
-                in_flight = context.group.shift(here, arriving)
-            if step.segments:
-                context.kernel.attend(q_THD, *open_rows(here), step.segments, context.scale, result)
-            if step.next_rows is not None:
-                in_flight.wait()
-                here = arriving
-        return result.result()
+    def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: tuple[Step, ...], context: Context, layer: int) -> Tensor:
+        return run_ring(q_THD, rows_SW, open_rows, plan, context, context.group)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
-        traffic, split = Traffic(), cell.split
-        received = sum(split.rows(source) for source in range(cell.layout.cp) if source != rank)
+        traffic = Traffic()
+        received = sum(step.next_rows or 0 for step in self.plan(cell, rank))
         traffic.add("cp", "send_recv", received * row_values(cell) * cell.element_bytes, cell.layout.cp - 1)
         return traffic
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        split, cp = cell.split, cell.layout.cp
-        arriving = [split.rows((rank - step) % cp) for step in range(1, cp)]
-        rows = max(arriving[0::2]) + max(arriving[1::2], default=0)  # the two buffers alternate
-        segments = [segment for step in self.plan(cell, rank) for segment in step.segments]
-        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), segments)
-        return AttentionMemory(0, rows * row_values(cell) * cell.element_bytes + buffers, transient)
+        plan = self.plan(cell, rank)
+        segments = [segment for step in plan for segment in step.segments]
+        buffers, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), segments)
+        return AttentionMemory(buffers=arriving_rows(plan) * row_values(cell) * cell.element_bytes + buffers, transient=transient)
+
+
+def ring_steps(places: Sequence[tuple[Blocks, Blocks]], place_here: int) -> tuple[Step, ...]:
+    """The steps of one place of a ring whose places hold these (cached, new) blocks, each laid out cached first."""
+    held = [laid_out(cached, new) for cached, new in places]
+    rows = [sum(block.rows for block, _ in blocks) for blocks in held]
+    queries = place(places[place_here][1])
+    sources = [(place_here - step) % len(places) for step in range(len(places))]
+    following = [*(rows[source] for source in sources[1:]), None]
+    return tuple(Step(causal_segments(queries, held[source]), next_rows) for source, next_rows in zip(sources, following, strict=True))
+
+
+def run_ring(q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: tuple[Step, ...], context: Context, group: Group) -> Tensor:
+    """Attention of this place's queries to the rows of every place of the ring `group`."""
+    from cpbench.kernels.accumulate import Accumulator
+
+    result = Accumulator(q_THD.shape[0], context.buffers)
+    here = rows_SW
+    for number, step in enumerate(plan):
+        if step.next_rows is not None:
+            arriving = context.buffers.get(f"comm_ring{number % 2}", (step.next_rows, here.shape[1]), here)
+            in_flight = group.shift(here, arriving)
+        if step.segments:
+            context.kernel.attend(q_THD, *open_rows(here), step.segments, context.scale, result)
+        if step.next_rows is not None:
+            in_flight.wait()
+            here = arriving
+    return result.result()
+
+
+def arriving_rows(plan: tuple[Step, ...]) -> int:
+    """Rows of the two buffers that the ring alternates between."""
+    arriving = [step.next_rows or 0 for step in plan[:-1]]
+    return max(arriving[0::2], default=0) + max(arriving[1::2], default=0)

@@ -6,7 +6,7 @@ packed batch in order, so nothing is reordered; other partitions are restored by
 
     cp=4, 8 query heads, 2 kv heads     rank 0: q 0 1, kv 0     rank 1: q 2 3, kv 0     rank 2: q 4 5, kv 1     rank 3: q 6 7, kv 1
 
-q and K|V travel as two collectives because K|V is what a rank keeps: all tokens of its kv heads.
+q and K|V travel as two collectives because K|V is what a rank keeps: all tokens of its kv heads, cached ones before the new ones.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.partition import Split, contiguous
-from cpbench.segments import Segment, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, nearest_divisor, row_index
+from cpbench.layout import nearest_divisor
+from cpbench.segments import PlacedBlock, Segment, causal_segments, place
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, row_index
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cpbench.distributed.collectives import Group
     from cpbench.strategies.base import OpenRows
 
 
@@ -45,19 +46,89 @@ def head_shards(heads: int, kv_heads: int, degree: int) -> HeadShards:
 
 
 @dataclass(frozen=True)
-class UlyssesPlan:
-    """Rows per rank, head shards, the dense causal segments, and the row order if received rows are not in the batch's order."""
+class Exchange:
+    """One all-to-all between token shards and head shards: rows of each rank of the group, heads of each, cached rows before the new."""
 
     rows: tuple[int, ...]
     shards: HeadShards
+    cached_rows: int
+    order: tuple[range, ...] | None = None  # place of each received row; None: received in order
+
+    def to_heads(self, q_nHD: Tensor, rows_nW: Tensor, open_rows: OpenRows, context: Context, group: Group, layer: int) -> tuple[Tensor, Tensor]:
+        """q [N, H/c, D] and rows [cached + N, W'] of this rank's heads, for the tokens of all ranks of the group."""
+        k_nGD, v_nGE = open_rows(rows_nW)
+        (n, _, dim), total, shards = q_nHD.shape, sum(self.rows), self.shards
+        split, width = shards.kv_heads * dim, shards.kv_heads * (dim + v_nGE.shape[2])
+        get = context.buffers.get
+        q_send = get("comm_q_send", (group.size, n, shards.q_heads, dim), q_nHD)
+        kv_send = get("comm_kv_send", (group.size, n, width), q_nHD)
+        for rank, sources in enumerate(shards.kv_sources):
+            for packed, x in ((kv_send[rank, :, :split], k_nGD), (kv_send[rank, :, split:], v_nGE)):
+                for local, source in enumerate(sources):
+                    packed.unflatten(1, (shards.kv_heads, -1))[:, local].copy_(x[:, source])
+        kv_all = context.cache.get(layer, (self.cached_rows + total, width), q_nHD)
+        kv_new = kv_all[self.cached_rows :] if self.order is None else get("comm_kv", (total, width), q_nHD)
+        q_new = get("comm_q", (total, shards.q_heads, dim), q_nHD)
+        sends = [n] * group.size
+        kv_in_flight = group.all_to_all(kv_new, kv_send.flatten(0, 1), self.rows, sends)
+        q_send.copy_(q_nHD.view(n, group.size, shards.q_heads, dim).transpose(0, 1))
+        q_in_flight = group.all_to_all(q_new, q_send.flatten(0, 1), self.rows, sends)
+        if self.cached_rows:
+            context.cache.read(layer, kv_all[: self.cached_rows])
+        kv_in_flight.wait()
+        q_in_flight.wait()
+        if self.order is not None:
+            index = row_index(self.order, q_nHD.device)
+            kv_all[self.cached_rows :].index_copy_(0, index, kv_new)
+            q_new = get("comm_q_order", tuple(q_new.shape), q_nHD).index_copy_(0, index, q_new)
+        context.cache.write(layer, kv_all)
+        return q_new, kv_all
+
+    def to_tokens(self, out_NhE: Tensor, context: Context, group: Group) -> Tensor:
+        """Every head of this rank's tokens: [n, H, E]. Received by source rank, that is by head shard."""
+        if self.order is not None:
+            out_NhE = out_NhE.index_select(0, row_index(self.order, out_NhE.device))
+        size, n = group.size, self.rows[group.rank]
+        by_source = context.buffers.get("comm_out", (size, n, *out_NhE.shape[1:]), out_NhE)
+        group.all_to_all(by_source.flatten(0, 1), out_NhE.contiguous(), [n] * size, self.rows).wait()
+        return by_source.transpose(0, 1).flatten(1, 2)
+
+    def open_rows(self, rows_SW: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of this rank's heads: [S, G', D] and [S, G', E], of equal sizes."""
+        k, v = rows_SW.chunk(2, 1)
+        return k.unflatten(1, (self.shards.kv_heads, -1)), v.unflatten(1, (self.shards.kv_heads, -1))
+
+    def traffic(self, cell: Cell, place_here: int, axis: str) -> Traffic:
+        """What one rank of the group receives: K|V, q, and the output back."""
+        traffic, dim = Traffic(), cell.config.head_dim * cell.element_bytes
+        here = self.rows[place_here]
+        others = sum(self.rows) - here
+        traffic.add(axis, "all_to_all", others * 2 * self.shards.kv_heads * dim)
+        traffic.add(axis, "all_to_all", others * self.shards.q_heads * dim)
+        traffic.add(axis, "all_to_all", here * (len(self.rows) - 1) * self.shards.q_heads * dim)
+        return traffic
+
+    def memory(self, cell: Cell, place_here: int) -> tuple[int, int, int, int]:
+        """Bytes of the kept rows, of the reused buffers, of the output of all tokens, and of the output of this rank's tokens."""
+        dim, size, total = cell.config.head_dim * cell.element_bytes, len(self.rows), sum(self.rows)
+        n, q, kv = self.rows[place_here], self.shards.q_heads * dim, 2 * self.shards.kv_heads * dim
+        buffers = n * size * (q + kv) + total * q + n * size * q + (total * (q + kv) if self.order is not None else 0)
+        own = n * size * q if self.shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
+        return (self.cached_rows + total) * kv, buffers, total * q, own
+
+
+@dataclass(frozen=True)
+class UlyssesPlan:
+    """The exchange, and dense causal attention over the whole batch."""
+
+    exchange: Exchange
     segments: tuple[Segment, ...]
-    order: tuple[range, ...] | None  # packed batch row of each received row; None: already in order
 
 
 class Ulysses(Strategy):
     name = "ulysses"
     summary = "all-to-all to head shards, dense attention over the whole sequence, all-to-all back"
-    partitions = ("contiguous", "zigzag")
+    partitions = ("contiguous", "zigzag", "interleave")
 
     def check(self, cell: Cell) -> str | None:
         if cell.heads % cell.layout.cp:
@@ -65,79 +136,39 @@ class Ulysses(Strategy):
             return f"{cell.heads} query heads per tensor-parallel rank do not divide over cp={cell.layout.cp}; the nearest degree is cp={near}"
         return super().check(cell)
 
+    def cache_heads(self, cell: Cell, rank: int) -> tuple[tuple[int, ...], ...]:
+        return (head_shards(cell.heads, cell.kv_heads, cell.layout.cp).kv_sources[rank],)
+
+    def stored(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        return place(cell.split.whole, sum(block.rows for block in self.cached(cell, rank)))
+
     def plan(self, cell: Cell, rank: int) -> UlyssesPlan:
         split, cp = cell.split, cell.layout.cp
-        whole = place(contiguous(split.lengths, 1)[0])
+        cached = self.cached(cell, rank)
         order = None if cell.partition == "contiguous" else tuple(r for source in range(cp) for r in split.tokens(source))
         rows = tuple(split.rows(source) for source in range(cp))
-        return UlyssesPlan(rows, head_shards(cell.heads, cell.kv_heads, cp), causal_segments(whole, whole), order)
+        exchange = Exchange(rows, head_shards(cell.heads, cell.kv_heads, cp), sum(block.rows for block in cached), order)
+        return UlyssesPlan(exchange, causal_segments(place(split.whole), laid_out(cached, split.whole)))
 
-    def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: UlyssesPlan, context: Context, layer: int) -> Tensor:
+    def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: UlyssesPlan, context: Context, layer: int) -> Tensor:
         from cpbench.kernels.accumulate import Accumulator
 
-        group, total = context.group, sum(plan.rows)
-        k_nGD, v_nGE = open_rows(rows_nW)
-        q_all, kv_all = self._to_heads(q_THD, k_nGD, v_nGE, plan, context, layer)
-        dim = q_THD.shape[2]
-        result = Accumulator(total, context.buffers)
-        context.kernel.attend(q_all, kv_all[..., :dim], kv_all[..., dim:], plan.segments, context.scale, result)
-        out = result.result()
-        del q_all, kv_all
-        if plan.order is not None:
-            out = out.index_select(0, row_index(plan.order, out.device))
-        return self._to_tokens(out, plan, context, group.rank)
-
-    def _to_heads(self, q_THD: Tensor, k_nGD: Tensor, v_nGE: Tensor, plan: UlyssesPlan, context: Context, layer: int) -> tuple[Tensor, Tensor]:
-        """q [N, H/c, D] and K|V [N, G', D + E] of this rank's heads, for all tokens."""
-        group, shards = context.group, plan.shards
-        n, total, dim, width = q_THD.shape[0], sum(plan.rows), q_THD.shape[2], k_nGD.shape[2] + v_nGE.shape[2]
-        q_send = context.buffers.get("comm_q_send", (group.size, n, shards.q_heads, dim), q_THD)
-        kv_send = context.buffers.get("comm_kv_send", (group.size, n, shards.kv_heads, width), q_THD)
-        q_send.copy_(q_THD.view(n, group.size, shards.q_heads, dim).transpose(0, 1))
-        for rank, sources in enumerate(shards.kv_sources):
-            for local, source in enumerate(sources):
-                kv_send[rank, :, local, : k_nGD.shape[2]].copy_(k_nGD[:, source])
-                kv_send[rank, :, local, k_nGD.shape[2] :].copy_(v_nGE[:, source])
-        q_all = context.buffers.get("comm_q", (total, shards.q_heads, dim), q_THD)
-        kv_all = context.cache.get(layer, (total, shards.kv_heads, width), q_THD)
-        sends = [n] * group.size
-        kv_in_flight = group.all_to_all(kv_all, kv_send.flatten(0, 1), plan.rows, sends)
-        q_in_flight = group.all_to_all(q_all, q_send.flatten(0, 1), plan.rows, sends)
-        kv_in_flight.wait()
-        q_in_flight.wait()
-        if plan.order is None:
-            return q_all, kv_all
-        index = row_index(plan.order, q_all.device)
-        return q_all.new_empty(q_all.shape).index_copy_(0, index, q_all), kv_all.new_empty(kv_all.shape).index_copy_(0, index, kv_all)
-
-    def _to_tokens(self, out_NhE: Tensor, plan: UlyssesPlan, context: Context, rank: int) -> Tensor:
-        """Every head of this rank's tokens: [n, H, E]. Received by source rank, that is by head shard."""
-        size, n = context.group.size, plan.rows[rank]
-        shape = (size, n, *out_NhE.shape[1:])
-        by_source = context.buffers.get("comm_out", shape, out_NhE)
-        context.group.all_to_all(by_source.flatten(0, 1), out_NhE, [n] * size, plan.rows).wait()
-        return by_source.transpose(0, 1).flatten(1, 2)
+        group, exchange = context.group, plan.exchange
+        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, open_rows, context, group, layer)
+        result = Accumulator(q_all.shape[0], context.buffers)
+        context.kernel.attend(q_all, *exchange.open_rows(kv_all), plan.segments, context.scale, result)
+        return exchange.to_tokens(result.result(), context, group)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
-        traffic, split, cp = Traffic(), cell.split, cell.layout.cp
-        shards, dim = head_shards(cell.heads, cell.kv_heads, cp), cell.config.head_dim * cell.element_bytes
-        others = sum(split.lengths) - split.rows(rank)
-        traffic.add("cp", "all_to_all", others * 2 * shards.kv_heads * dim)
-        traffic.add("cp", "all_to_all", others * shards.q_heads * dim)
-        traffic.add("cp", "all_to_all", split.rows(rank) * (cp - 1) * shards.q_heads * dim)
-        return traffic
+        return self.plan(cell, rank).exchange.traffic(cell, rank, "cp")
 
     def score_pairs(self, cell: Cell, rank: int) -> int:
-        whole = Split(cell.lengths, (tuple(contiguous(cell.lengths, 1)[0]),))
-        return whole.causal_pairs(0) * (cell.heads // cell.layout.cp)
+        return sum(block.causal_pairs for block in cell.split.whole) * (cell.heads // cell.layout.cp)
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        cp, dim = cell.layout.cp, cell.config.head_dim * cell.element_bytes
-        shards, total, n = head_shards(cell.heads, cell.kv_heads, cp), cell.tokens, cell.split.rows(rank)
-        q, kv = shards.q_heads * dim, 2 * shards.kv_heads * dim
-        buffers, attend = calls_memory(cell, total, (shards.q_heads, shards.kv_heads), self.plan(cell, rank).segments)
-        reordered = total * (q + kv) if cell.partition != "contiguous" else 0
-        own = n * cp * q if shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
-        # sent and received q, sent K|V, received output; the dense output of all tokens, then that of own tokens beside it
-        sent = n * cp * (q + kv) + total * q + n * cp * q
-        return AttentionMemory(total * kv, sent + buffers, max(attend + reordered, total * q + own))
+        plan = self.plan(cell, rank)
+        shards = plan.exchange.shards
+        kept, exchanged, all_tokens, own = plan.exchange.memory(cell, rank)
+        buffers, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
+        reordered = all_tokens if plan.exchange.order is not None else 0
+        return AttentionMemory(kept, exchanged + buffers, max(attend, all_tokens + max(own, reordered)))
