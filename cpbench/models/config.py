@@ -6,6 +6,7 @@ Pure data: no torch. The layers that these numbers describe are in the other mod
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,16 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
 }
 MAX_CONFIG_BYTES = 1 << 20
+WINDOWS = ("sliding_window_size", "attention_window_size", "attention_window", "window_size", "local_attention", "local_attention_window_len")
+OFF_UNLESS_SAID = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")  # their sliding_window counts only with use_sliding_window
+SINKS_IN_THE_CODE = ("gpt_oss",)  # model types whose attention has sinks without a field that says so
+SINK_FIELD = re.compile(r"(^|_)sinks?(_|$)")
+SOFT_CAP_FIELD = re.compile(r"soft_?cap|logit_cap")
+REMEDIES = {  # field -> what to do about it; any other is set to null
+    "use_sliding_window": "Set use_sliding_window to false",
+    "layer_types": "Make every entry of layer_types full_attention",
+    "model_type": "Take a preset of the same sizes",
+}
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,15 @@ def from_hugging_face(path: str | Path) -> ModelConfig:
 def _read(raw: dict[str, Any], file: Path) -> ModelConfig:
     architectures = raw.get("architectures") or ["(none)"]
     architecture = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    asked = _unsupported_attention(raw, architecture)
+    if asked:
+        what, field = asked
+        raise CpbenchError(
+            f"{file} asks for {what} ({field} = {_shown(raw.get(field))}), which cpbench does not implement.",
+            f"{REMEDIES.get(field, f'Set {field} to null')} to measure the model with full attention, or choose another model (cpbench list models).",
+        )
     if architecture not in ARCHITECTURES:
         raise unknown(f"architecture in {file}:", architecture, ARCHITECTURES)
-    if raw.get("sliding_window") and raw.get("use_sliding_window", architecture == "MistralForCausalLM"):
-        raise CpbenchError(f"{file} asks for a sliding window, which cpbench does not implement.", "Set use_sliding_window to false, or choose another model.")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
         raise CpbenchError(
@@ -119,3 +135,44 @@ def _read(raw: dict[str, Any], file: Path) -> ModelConfig:
         raise CpbenchError(f"{file} lacks {error.args[0]!r}.", "Give a complete config.json.") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CpbenchError(f"{file} holds a value of the wrong type: {error}.", "Give the config.json of a Hugging Face model.") from error
+
+
+def _unsupported_attention(raw: dict[str, Any], architecture: str) -> tuple[str, str] | None:
+    """Attention that a config asks for and no kernel here computes, and the field that asks for it. Dropping it would change the answers.
+
+    Named by any field of public configs (transformers 5): windows and chunks of Mistral, Gemma, Qwen, Llama 4 and others, sinks of
+    gpt-oss and MiMo, soft-caps of Gemma 2 and Grok. `layer_types` decides where it is given, as it does in transformers.
+    """
+    sinks = next((field for field, value in raw.items() if SINK_FIELD.search(field.lower()) and value), None)
+    if sinks or raw.get("model_type") in SINKS_IN_THE_CODE:
+        return "attention sinks", sinks or "model_type"
+    soft_cap = next((field for field, value in raw.items() if SOFT_CAP_FIELD.search(field.lower()) and value), None)
+    if soft_cap:
+        return "soft-capped logits", soft_cap
+    kinds = raw.get("layer_types")
+    if isinstance(kinds, list):
+        others = [kind for kind in kinds if kind != "full_attention"]
+        named = {"sliding_attention": "a sliding window", "chunked_attention": "attention in chunks"}
+        return (named.get(str(others[0]), f"layers of type {others[0]!r}"), "layer_types") if others else None
+    if raw.get("attention_chunk_size"):
+        return "attention in chunks", "attention_chunk_size"
+    window = next((field for field in WINDOWS if raw.get(field)), None) or _sliding_window(raw, architecture)
+    return ("a sliding window", window) if window else None
+
+
+def _sliding_window(raw: dict[str, Any], architecture: str) -> str | None:
+    """The field that turns `sliding_window` on; None if it is absent or off, or if no layer lies behind `max_window_layers`."""
+    if not raw.get("sliding_window"):
+        return None
+    if not raw.get("use_sliding_window", architecture not in OFF_UNLESS_SAID):
+        return None
+    first, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
+    if isinstance(first, int) and isinstance(layers, int) and first >= layers:
+        return None
+    return "use_sliding_window" if "use_sliding_window" in raw else "sliding_window"
+
+
+def _shown(value: Any) -> str:
+    """A value of a config in few characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,7 +10,7 @@ from cpbench.cell import Cell
 from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
-from cpbench.models.config import ModelConfig, from_hugging_face
+from cpbench.models.config import REMEDIES, ModelConfig, from_hugging_face
 from cpbench.models.presets import PRESETS, load_config
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.program import Program, alone, run_locally
@@ -116,6 +116,51 @@ def test_a_config_that_cannot_be_run_is_refused_by_name(tmp_path, changes, messa
     with pytest.raises(CpbenchError, match=message) as caught:
         load_config(str(write(tmp_path, **changes)))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "field"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 4096}, "a sliding window", "use_sliding_window = true"),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "a sliding window", "use_sliding_window"),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 4096}, "a sliding window", "sliding_window = 4096"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "a sliding window", "sliding_window = 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window", "layer_types"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "attention in chunks", "layer_types"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layers of type 'linear_attention'", "layer_types"),
+        ({"architectures": ["Llama4ForCausalLM"], "attention_chunk_size": 8192}, "attention in chunks", "attention_chunk_size = 8192"),
+        ({"attention_window_size": 2048}, "a sliding window", "attention_window_size = 2048"),
+        ({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "sliding_window": 128}, "attention sinks", 'model_type = "gpt_oss"'),
+        ({"attention_sinks": 4}, "attention sinks", "attention_sinks = 4"),
+        ({"add_swa_attention_sink_bias": True}, "attention sinks", "add_swa_attention_sink_bias = true"),
+        ({"attn_logit_softcapping": 50.0}, "soft-capped logits", "attn_logit_softcapping = 50.0"),
+        ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 30.0}, "soft-capped logits", "final_logit_softcapping = 30.0"),
+        ({"logits_soft_cap": 30}, "soft-capped logits", "logits_soft_cap = 30"),
+        ({"attention_logit_cap": 50}, "soft-capped logits", "attention_logit_cap = 50"),
+    ],
+)
+def test_attention_that_no_kernel_computes_is_refused_by_name(tmp_path, changes, what, field):
+    with pytest.raises(CpbenchError) as caught:
+        load_config(str(write(tmp_path, **changes)))
+    assert f"asks for {what} ({field}" in str(caught.value)
+    assert "full attention, or choose another model" in caught.value.hint
+    assert caught.value.hint.split(" to measure")[0] in (f"Set {field.split(' ')[0]} to null", *REMEDIES.values())
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 1},
+        {"sliding_window": 4096},
+        {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 2},
+        {"sliding_window": 4096, "use_sliding_window": True, "layer_types": ["full_attention"] * 2},
+        {"architectures": ["LlamaForCausalLM"], "layer_types": None, "attn_logit_softcapping": 0, "attention_sinks": False},
+        {"hc_sinkhorn_iters": 20},
+    ],
+)
+def test_windows_and_caps_that_are_off_are_no_reason_to_refuse(tmp_path, changes):
+    assert load_config(str(write(tmp_path, **changes))).heads == 6
 
 
 def test_files_that_are_no_config_are_refused(tmp_path):
