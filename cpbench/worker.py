@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cpbench.buffers import ALL_CATEGORIES
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
+from cpbench.distributed.observe import OPERATIONS, Observation
 from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import flops_of_rank, live_bytes, new_rows, score_pairs, traffic
 from cpbench.kernels import load_kernel, pick_kernel
@@ -34,6 +36,7 @@ from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.numerics import check
 from cpbench.program import Models, Output, Program
+from cpbench.strategies import STRATEGIES
 
 PEAKS = ("peak_live_bytes", "peak_allocator_bytes", "peak_reserved_bytes", "peak_rss_bytes")
 STACKS_BEFORE_DEADLINE = 2.0  # seconds; where every thread is goes to the log before the driver kills a hanging group
@@ -118,13 +121,13 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "stop": "",
         "first_call_s": None,
         "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
-        "kernel": kernel.name,
+        "kernel": kernel.dispatched(cell.dtype, dim, dim),
         "tokens_per_rank": cell.max_rows,
         "cp_active": cell.cp_off is None,
         "cp_off_reason": cell.cp_off,
         "threads_per_rank": job.data["threads"] if cell.device == "cpu" else None,
         "oversubscribed": job.data["oversubscribed"],
-        "warnings": [],
+        "warnings": [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else [],
     }
     if verify:
         verdict = check(cell, groups, kernel, device.torch_device, job.models)
@@ -160,8 +163,12 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     if on_cpu:
         program.set_kernel(OneBlock(kernel))
     program.prepare()
+    if len(program.stages) > 1:  # buffers grow from chunk to chunk in the first pass, and in no other
+        program.run()
+        program.prepare()
     groups.recorder.reset()
-    peaks = measure_peaks(program.run, device, program.tensors)
+    with groups.recorder.observing() as seen:
+        peaks = measure_peaks(program.run, device, program.tensors)
     received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
     program.set_kernel(kernel)
     everyone = groups.world.share([float(peaks.get(name, -1)) for name in PEAKS])
@@ -171,22 +178,48 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     categories = groups.world.share([float(peaks["by_category"].get(name, 0)) for name in ALL_CATEGORIES])[highest]
     by_category = {name: int(size) for name, size in zip(ALL_CATEGORIES, categories, strict=True) if size}
     memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": by_category}
-    result = {"memory": memory, "live": live, "traffic": _traffic(cell, received, groups)}
+    result = {"memory": memory, "live": live, "traffic": _traffic(cell, received, seen, groups)}
     wrong = [rank for rank, (equal,) in enumerate(groups.world.share([float(received == predicted)])) if not equal]
     if wrong:
         result |= {"status": "wrong", "reason": f"traffic of rank {wrong[0]} differs from its formula at full size"}
     return result
 
 
-def _traffic(cell: Cell, received: Traffic, groups: Groups) -> dict[str, Any]:
-    """What was counted on the rank that receives most, next to what the formula says for it."""
-    totals = [bytes_ for (bytes_,) in groups.world.share([float(received.bytes)])]
+def _traffic(cell: Cell, received: Traffic, seen: Observation, groups: Groups) -> dict[str, Any]:
+    """What was counted on the rank that receives most, next to what the formula says for it, and what a library was observed to receive.
+
+    `source` says what the sum rests on: `recorded` by our own groups; `observed` in part; `unknown` if a library communicates and what
+    it received could not be seen, or not all of it: then there is no sum.
+    """
+    totals = [bytes_ for (bytes_,) in groups.world.share([float(received.bytes + seen.traffic.bytes)])]
     most = totals.index(max(totals))
-    predicted, recorded = traffic(cell, most), Traffic()
-    for axis, operation in sorted(predicted.counts):
-        calls, size = groups.world.share(received.counts.get((axis, operation), (0, 0)))[most]
-        recorded.add(axis, operation, int(size), int(calls))
-    return {"rank": most, "predicted": predicted.to_dict(), "recorded": recorded.to_dict(), "bytes": recorded.bytes, "calls": recorded.calls}
+    predicted = traffic(cell, most)
+    recorded = _of_rank(most, received, sorted(predicted.counts), groups)
+    record = {"rank": most, "predicted": predicted.to_dict(), "recorded": recorded.to_dict(), "source": "recorded"}
+    total = recorded
+    if _brings_collectives(cell):
+        observed = _of_rank(most, seen.traffic, [("cp", operation) for operation in OPERATIONS], groups).nonzero()
+        blind = [float(bool(seen.unread) or not seen.traffic.calls)]
+        hidden = any(rank_is_blind for (rank_is_blind,) in groups.world.share(blind))
+        record |= {"observed": observed.to_dict(), "source": "unknown" if hidden else "observed"}
+        if hidden:
+            return {**record, "bytes": None, "calls": None}
+        total = recorded + observed
+    return {**record, "bytes": total.bytes, "calls": total.calls}
+
+
+def _of_rank(rank: int, traffic: Traffic, keys: Sequence[tuple[str, str]], groups: Groups) -> Traffic:
+    """The counts of one rank under these keys, which are the same on every rank."""
+    found = Traffic()
+    for axis, operation in keys:
+        calls, size = groups.world.share(traffic.counts.get((axis, operation), (0, 0)))[rank]
+        found.add(axis, operation, int(size), int(calls))
+    return found
+
+
+def _brings_collectives(cell: Cell) -> bool:
+    """Whether a library communicates, so that no formula predicts all traffic."""
+    return STRATEGIES[cell.steps[0].strategy].brings_collectives
 
 
 def _timed(samples: Samples, output: Output) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpbench.distributed.observe import Observation, Observer
 from cpbench.distributed.traffic import Traffic
 
 # torch 2.13 renamed this call and warns on the old name; 2.11 has only the old name
@@ -25,9 +27,19 @@ _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(di
 
 @dataclass
 class Recorder:
-    """What one rank received: counted by every `Group` that shares the recorder."""
+    """What one rank received: counted by every `Group` that shares the recorder, and observed where a library communicates by itself."""
 
     traffic: Traffic = field(default_factory=Traffic)
+    observation: Observation | None = None  # None: nobody looks, as in timed passes
+
+    @contextmanager
+    def observing(self) -> Iterator[Observation]:
+        """Look at what libraries receive."""
+        self.observation = Observation()
+        try:
+            yield self.observation
+        finally:
+            self.observation = None
 
     def reset(self) -> Traffic:
         """Return what was counted since the last reset, and start again from nothing."""
@@ -89,6 +101,16 @@ class Group(ABC):
         self._record("send_recv", _bytes(receive))
         return self._shift(send, receive)
 
+    @property
+    def process_group(self) -> Any:
+        """What torch.distributed calls this group, for libraries that communicate by themselves; None where there is none."""
+        return None
+
+    def foreign(self) -> AbstractContextManager[object]:
+        """Around a library's code that communicates over this group: what it receives is observed while the recorder looks."""
+        observation = self.recorder.observation
+        return nullcontext() if observation is None else Observer(self.axis, observation)
+
     @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called. Not recorded: it moves no payload."""
@@ -119,6 +141,12 @@ class ProcessGroup(Group):
     def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, group: dist.ProcessGroup | None) -> None:
         super().__init__(axis, ranks, rank, recorder)
         self._group = group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """None for a group of one rank within a larger world: no process group is made for it."""
+        whole = self.size == dist.get_world_size()
+        return dist.group.WORLD if self._group is None and whole else self._group
 
     def barrier(self) -> None:
         if self.size > 1:

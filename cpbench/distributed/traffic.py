@@ -31,6 +31,10 @@ class Traffic:
         """The traffic of `factor` equal layers."""
         return Traffic({key: (calls * factor, received * factor) for key, (calls, received) in self.counts.items()})
 
+    def nonzero(self) -> Traffic:
+        """Without the operations that were not called."""
+        return Traffic({key: counts for key, counts in self.counts.items() if counts[0]})
+
     @property
     def bytes(self) -> int:
         return sum(received for _, received in self.counts.values())

@@ -57,6 +57,10 @@ class Strategy(ABC):
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
     brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
 
+    def available(self, device: str, dtype: str) -> str | None:
+        """Why it cannot run on a kind of device or with a dtype at all, or what is not installed; None if it can. Imports nothing."""
+        return None
+
     def check(self, cell: Cell) -> str | None:
         """Why this cell cannot run, with the nearest valid value; None if it can."""
         if cell.partition not in self.partitions:
@@ -186,17 +190,18 @@ class AttentionMemory:
 def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Sequence[Segment]) -> tuple[int, int]:
     """(buffers, transient) of running `segments` in this order into one result of `rows` rows.
 
-    `shards`: query and kv heads of the call. One call: its output. More: the first output and the latest one, and an fp32 accumulator
-    where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of K and V.
+    `shards`: query and kv heads of the call. One call for all rows: its output. Else the first output and the latest one, and an fp32
+    accumulator where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of
+    K and V.
     """
     heads, _ = shards
     row, size = heads * cell.config.head_dim, cell.element_bytes
     spans = [(s.queries.rows, span.rows) for s in segments for span in ([s.causal] if s.causal else []) + list(s.full)]
     costs = [queries * row * size + _copied(cell, queries, keys, shards) for queries, keys in spans]
-    if len(spans) == 1:
-        return 0, costs[0]
     whole, narrow = segments[0].queries.rows == rows, size < 4
-    accumulator = 4 * rows * (row + heads) if narrow or not whole else 0
+    accumulator = 4 * rows * (row + heads) if not whole or (narrow and len(spans) > 1) else 0
+    if len(spans) == 1:
+        return accumulator, costs[0]
     largest = max(queries for queries, _ in spans[1:])
     scratch = 4 * min(largest, max(1, MERGE_BLOCK // row)) * row if narrow else 0
     first = rows * row * size if whole else 0  # in a narrow dtype it is gone once the accumulator has it
@@ -204,11 +209,10 @@ def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Seque
 
 
 def _copied(cell: Cell, queries: int, keys: int, shards: tuple[int, int]) -> int:
-    """Bytes of K and V that a kernel copies for one call: head by head on CPU, repeated to all query heads by the fused CUDA operators."""
-    value = 2 * cell.config.head_dim * cell.element_bytes
-    if cell.device == "cpu":
-        return keys * shards[1] * value if queries >= MIN_ROWS_TO_COPY else 0
-    return keys * shards[0] * value if shards[0] > shards[1] else 0
+    """Bytes of K and V that the CPU kernel copies head by head for one call; fused CUDA kernels read them as they are."""
+    if cell.device != "cpu" or queries < MIN_ROWS_TO_COPY:
+        return 0
+    return keys * shards[1] * 2 * cell.config.head_dim * cell.element_bytes
 
 
 def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:
