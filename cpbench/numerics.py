@@ -1,44 +1,63 @@
-"""Is the answer right? What is proved about a cell, on a small input, before it is timed.
+"""Is the answer right? What is proved about a cell: as it is, or on a small input before it is timed.
 
 The cell's strategy, partition, layout and kernel run on a few hundred tokens; for wide models the width is reduced, the heads are not.
-The truth is fp64 on one device. The yardstick is one device in the cell's dtype that rounds where the layout rounds: the same
-tensor-parallel partial sums, without context parallelism. A maximum error cannot tell a good merge from a bad one, so errors are
-relative root mean squares, and the bound is on their ratio. All ranks compute the answer; the first one judges it.
+The truth is fp64 on one device. The yardstick is one device in the cell's dtype that rounds where the layout rounds (one_device.py). A
+maximum error cannot tell a good merge from a bad one, so errors are relative root mean squares, and the bound is on their ratio. All
+ranks compute the answer (answer.py); one judges it.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpbench.answer import Answer, solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
+from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import traffic
-from cpbench.kernels import load_kernel
-from cpbench.kernels.accumulate import Accumulator
 from cpbench.kernels.base import Kernel
-from cpbench.layout import Layout
-from cpbench.partition import packed
-from cpbench.program import Models, Output, Program, alone, run_locally
-from cpbench.segments import causal_segments, place
-from cpbench.strategies import STRATEGIES
-from cpbench.strategies.base import cached_rows, laid_out, row_index
+from cpbench.one_device import OneDevice, Solution
+from cpbench.program import Models
+from cpbench.strategies.base import row_index
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above
 MAX_FP32_RMSE = 1e-5
-MIN_REMOTE_FACTOR = 10.0  # how much farther than the error the answer without remote tokens must lie
-MIN_REMOTE_NEED = 1e-9
+MIN_REMOTE_GAP = 10.0  # in rounding errors of one device: how far off the answer without remote tokens lies where it can be recognised
+MAX_MARGIN = 4.0  # in logit errors of one device: two logits, each twice as far off
 MAX_SEQUENCES, MAX_PREFIX, MAX_CHUNKS = 3, 80, 3
 
 
 @dataclass(frozen=True)
+class Counted:
+    """What one rank received in one pass, and what the formula says."""
+
+    rank: int
+    received: Traffic
+    predicted: Traffic
+
+    @property
+    def difference(self) -> str | None:
+        """Every kind of collective whose calls or bytes are not those of the formula; None if all are."""
+        none, texts = (0, 0), []
+        for axis, operation in sorted({*self.received.counts, *self.predicted.counts}):
+            counted, formula = (traffic.counts.get((axis, operation), none) for traffic in (self.received, self.predicted))
+            if counted != formula:
+                texts.append(f"{_amount(counted)} of {operation} over {axis}, not {_amount(formula)}")
+        return f"rank {self.rank} counted {'; '.join(texts)}" if texts else None
+
+
+@dataclass(frozen=True)
 class Check:
-    """The verdict on one cell: errors against fp64 (the worse of attention alone and the whole target), and what is wrong, if anything."""
+    """The verdict on one cell: errors against fp64 (the worse of attention alone and the whole target), and what is wrong, if anything.
+
+    `bitwise_equal`: every row has the bits of the yardstick. `collectives`: those of the whole target, on a rank that differs from its
+    formula, else on the one that receives most. None: not known, or nothing to tell.
+    """
 
     passed: bool
     reason: str | None
@@ -48,38 +67,23 @@ class Check:
     remote_tokens_used: bool | None = None
     logits_max_error: float | None = None
     tokens: int | None = None
+    max_error: float | None = None
+    finite: bool | None = None
+    bitwise_equal: bool | None = None
+    collectives: Counted | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of `results.Numerics`."""
-        return {name: value for name, value in asdict(self).items() if name != "reason"}
+        return {name: getattr(self, name) for name in RECORDED}
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the ranks computed together for one small cell: rows [N, M] in packed order, and the logits of a prefill [batch, V]."""
-
-    cell: Cell
-    rows: Tensor
-    logits: Tensor | None
+RECORDED = ("passed", "ratio", "relative_rmse", "limit", "remote_tokens_used", "logits_max_error", "tokens")
 
 
 def check(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> Check:
     """Prove a cell on a small input. Every rank learns whether it passed; the first one knows the details."""
-    small = small_cell(cell)
-    attention = replace(small, target="attention", layers=1)
-    answers, mismatches = [], []
-    for part in (attention, small):
-        answer, mismatch = _answer(part, groups, kernel, device, models)
-        answers.append(answer)
-        mismatches.append(mismatch)
-    mismatch = mismatches[0] or mismatches[1]
-    differing = [rank for rank, (differs,) in enumerate(groups.world.share([float(mismatch is not None)])) if differs]
-    verdict = Check(True, None)
-    if groups.rank == 0:
-        verdict = _judge(answers, kernel, device)
-        if verdict.passed and differing:
-            detail = mismatch or f"rank {differing[0]} received something else"
-            verdict = replace(verdict, passed=False, reason=f"traffic differs from its formula: {detail}")
+    answers = solve(small_cell(cell), groups, kernel, device, models)
+    verdict = judge(answers, kernel, OneDevice(device)) if groups.rank == 0 else Check(True, None)
     passed = bool(groups.world.share([float(verdict.passed)])[0][0])
     return verdict if groups.rank == 0 else Check(passed, None)
 
@@ -108,49 +112,64 @@ def small_cell(cell: Cell) -> Cell:
     )
 
 
-def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> tuple[Answer, str | None]:
-    """Run one pass on all ranks and collect it; and how this rank's counted traffic differs from its formula."""
-    program = Program(cell, groups, kernel, device, models)
-    program.keeps_rows = True
-    program.prepare()
-    groups.recorder.reset()
-    output = program.run()
-    received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
-    logits = None if output.first is None else _gather_columns(output.first.logits_BV, groups.tp)
-    answer = Answer(cell, _collect(output.rows.flatten(1), program.tokens, cell, groups), logits)
-    groups.recorder.reset()
-    if received == predicted:
-        return answer, None
-    return answer, f"rank {groups.rank} counted {received.to_dict()}, predicted {predicted.to_dict()}"
+@torch.inference_mode()
+def judge(answers: Sequence[Answer], kernel: Kernel, one_device: OneDevice) -> Check:
+    """Compare what `solve` returned with one device: the first reason for which an answer is wrong, and the worse of all numbers."""
+    parts = [_judge(answer, kernel, one_device) for answer in answers]
+    failed = next((number for number, part in enumerate(parts) if not part.passed), None)
+    reason = None if failed is None else parts[failed].reason
+    if failed is not None and len(parts) > 1:
+        reason = f"{'attention alone' if failed == 0 else answers[failed].cell.target}: {reason}"
+    counts = [part.collectives for part in parts if part.collectives]
+    return replace(
+        parts[-1],
+        passed=failed is None,
+        reason=reason,
+        ratio=_largest(part.ratio for part in parts),
+        relative_rmse=_largest(part.relative_rmse for part in parts),
+        remote_tokens_used=parts[0].remote_tokens_used,
+        max_error=_largest(part.max_error for part in parts),
+        finite=all(part.finite for part in parts),
+        bitwise_equal=all(part.bitwise_equal for part in parts),
+        collectives=next((count for count in counts if count.difference), counts[-1]),
+    )
 
 
-def _judge(answers: list[Answer], kernel: Kernel, device: torch.device) -> Check:
-    """Compare the answers (attention alone first, then the whole target) with one device."""
-    ratios, errors, logits_error, remote = [], [], None, None
-    for answer in answers:
-        truth, exact = _one_device(answer.cell, load_kernel("reference"), device, exact=True)
-        yardstick, _ = _one_device(answer.cell, kernel, device, exact=False)
-        errors.append(relative_rmse(answer.rows, truth))
-        ratios.append(errors[-1] / max(relative_rmse(yardstick, truth), torch.finfo(torch.float64).eps))
-        if answer is answers[0] and answer.cell.layout.cp > 1 and not answer.cell.steps[0].split.replicated:
-            local = _own_tokens_only(answer.cell, device)
-            needed = relative_rmse(local, truth) > MIN_REMOTE_NEED  # not where every rank holds whole sequences
-            remote = relative_rmse(answer.rows, local) > MIN_REMOTE_FACTOR * errors[-1] if needed else None
-        if answer.logits is not None and exact.first is not None:
-            logits_error = float((answer.logits.double() - exact.first.logits_BV.double()).abs().max())
-    cell, worst, ratio = answers[0].cell, max(errors), max(ratios)
-    narrow = cell.dtype in ("bfloat16", "float16")
+def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
+    """The verdict on one pass."""
+    cell, narrow = answer.cell, answer.cell.dtype in ("bfloat16", "float16")
     limit = f"ratio to one device at most {MAX_RATIO}" if narrow else f"relative RMSE at most {MAX_FP32_RMSE:g}"
-    reason = None
-    if not all(bool(torch.isfinite(answer.rows).all()) for answer in answers):
-        return Check(False, "the answer has values that are not finite", limit=limit, tokens=cell.tokens)
-    if not all(bool(answer.rows.any()) for answer in answers):
-        reason = "the answer is all zeros"
-    elif (narrow and ratio > MAX_RATIO) or (not narrow and worst > MAX_FP32_RMSE):
-        reason = f"relative RMSE {worst:.2e} is {ratio:.2f} times that of one device (limit: {limit})"
-    elif remote is False:
+    collectives = _collectives(answer)
+    differs = f"traffic differs from its formula: {collectives.difference}" if collectives.difference else None
+    finite = all(bool(torch.isfinite(rows).all()) for rows in answer.copies.values())
+    verdict = Check(True, None, limit=limit, tokens=cell.tokens, finite=finite, bitwise_equal=False, collectives=collectives)
+    reason = _unusable(answer)
+    if reason:
+        return replace(verdict, passed=False, reason=_joined(reason, differs))
+    truth, yardstick = one_device.truth(cell), one_device.yardstick(cell, kernel)
+    errors = {rank: relative_rmse(rows, truth.rows) for rank, rows in answer.copies.items()}
+    worst = max(errors, key=lambda rank: errors[rank])
+    rounding = max(relative_rmse(yardstick.rows, truth.rows), torch.finfo(torch.float64).eps)
+    error, ratio = errors[worst], errors[worst] / rounding
+    remote = _remote_tokens_used(cell, answer.copies[worst], truth.rows, rounding, one_device) if cell.target == "attention" else None
+    if remote is False:
         reason = "the answer is the one that ignores the tokens of other ranks"
-    return Check(reason is None, reason, ratio, worst, limit, remote, logits_error, cell.tokens)
+    elif ratio > MAX_RATIO if narrow else error > MAX_FP32_RMSE:
+        bound = f"more than {MAX_RATIO}" if narrow else f"and above {MAX_FP32_RMSE:g}"
+        reason = f"relative RMSE {error:.2e} is {ratio:.3g} times that of one device, {bound}{_where(answer, errors, truth.rows)}"
+    elif answer.logits is not None:
+        reason = _wrong_token(answer, truth, yardstick)
+    return replace(
+        verdict,
+        passed=not (reason or differs),
+        reason=_joined(reason, differs),
+        ratio=ratio,
+        relative_rmse=error,
+        remote_tokens_used=remote,
+        max_error=max(_max_error(rows, truth.rows) for rows in answer.copies.values()),
+        bitwise_equal=all(torch.equal(rows, yardstick.rows) for rows in answer.copies.values()),
+        logits_max_error=None if answer.logits is None or truth.logits is None else _max_error(answer.logits, truth.logits),
+    )
 
 
 def relative_rmse(rows: Tensor, truth: Tensor) -> float:
@@ -158,55 +177,88 @@ def relative_rmse(rows: Tensor, truth: Tensor) -> float:
     return float((rows.double() - truth.double()).norm() / truth.double().norm())
 
 
-def _one_device(cell: Cell, kernel: Kernel, device: torch.device, exact: bool) -> tuple[Tensor, Output]:
-    """The cell without context parallelism, in packed order: in fp64 on one rank, or in its dtype with its tensor-parallel sums."""
-    layout, dtype = (Layout(), "float64") if exact else (Layout(tp=cell.layout.tp), cell.dtype)
-    single = replace(cell, layout=layout, strategy="none", partition="contiguous", dtype=dtype, chunk=None, cache_tokens=None, head_groups=1)
-    outputs = [output for _, output in run_locally(single, kernel, device, getattr(torch, cell.dtype) if exact else None)]
-    rows = [output.rows.flatten(1) for output in outputs]
-    return torch.cat(rows, 1) if cell.target == "attention" else rows[0], outputs[0]
+def _collectives(answer: Answer) -> Counted:
+    """Of the first rank that differs from its formula, else of the one that receives most."""
+    counted = [Counted(rank, received, traffic(answer.cell, rank)) for rank, received in enumerate(answer.received)]
+    return next((count for count in counted if count.difference), max(counted, key=lambda count: count.received.bytes))
 
 
-def _own_tokens_only(cell: Cell, device: torch.device) -> Tensor:
-    """In fp64: the attention in which every context-parallel rank sees its own tokens and what it has cached, in packed order."""
-    single = replace(cell, layout=Layout(), strategy="none", partition="contiguous", dtype="float64", chunk=None, cache_tokens=None, head_groups=1)
-    kernel = load_kernel("reference")
-    program = Program(single, alone(), kernel, device, rounded_to=getattr(torch, cell.dtype))
-    q_THD, k_SGD, v_SGE = program.attention_inputs()
-    cached_k, cached_v = program.cached_inputs(0)
-    starts = [0, *accumulate(cell.prefixes)]
-    rows = torch.empty_like(q_THD)
-    for rank in range(cell.layout.cp):
-        blocks = tuple(block for step in cell.steps for block in step.split.ranks[rank])
-        before = STRATEGIES[cell.strategy].cached(cell.steps[0], rank)
-        tokens = row_index(cell.packed_tokens(blocks), device)
-        prefix = row_index([packed(block, starts[block.sequence]) for block, _ in cached_rows(before)], device)
-        result = Accumulator(len(tokens), program.buffers)
-        k, v = torch.cat([cached_k[prefix], k_SGD[tokens]]), torch.cat([cached_v[prefix], v_SGE[tokens]])
-        kernel.attend(q_THD[tokens], k, v, causal_segments(place(blocks), laid_out(before, blocks)), program.scale, result)
-        rows[tokens] = result.result()
-    return rows.flatten(1)
+def _unusable(answer: Answer) -> str | None:
+    """Why there is nothing to compare: tokens that no rank has, values that are not finite, zeros."""
+    if answer.lost:
+        return f"{answer.lost} of {answer.cell.tokens} tokens are on no rank"
+    for rank, rows in answer.copies.items():
+        copy = f" on rank {rank}" if len(answer.copies) > 1 else ""
+        bad = (~torch.isfinite(rows)).any(1)
+        if bad.any():
+            return f"{int(bad.sum())} of {len(bad)} rows have values that are not finite{copy or _holders(bad, answer.cell)}"
+        if not rows.any():
+            return f"the answer is all zeros{copy}"
+    return None
 
 
-def _collect(rows_nM: Tensor, tokens: Tensor, cell: Cell, groups: Groups) -> Tensor:
-    """The rows of all context-parallel ranks in packed order; of attention alone, also the heads of all tensor-parallel ranks."""
-    if cell.target == "attention":
-        rows_nM = _gather_columns(rows_nM, groups.tp)
-    padded = rows_nM.new_zeros(cell.max_rows, rows_nM.shape[1])
-    padded[: rows_nM.shape[0]] = rows_nM
-    places = torch.full((cell.max_rows,), -1, dtype=torch.int64, device=rows_nM.device)
-    places[: len(tokens)] = tokens
-    gathered = padded.new_empty(groups.cp.size * cell.max_rows, rows_nM.shape[1])
-    indices = places.new_empty(groups.cp.size * cell.max_rows)
-    groups.cp.all_gather(gathered, padded).wait()
-    groups.cp.all_gather(indices, places).wait()
-    whole = rows_nM.new_full((cell.tokens, rows_nM.shape[1]), float("nan"))
-    whole[indices[indices >= 0]] = gathered[indices >= 0]
-    return whole
+def _remote_tokens_used(cell: Cell, rows: Tensor, truth: Tensor, rounding: float, one_device: OneDevice) -> bool | None:
+    """Whether the answer lies at the truth or at the attention of each rank to its own tokens. None: at neither, or they are the same.
+
+    They are the same where every rank holds whole sequences, and cannot be told apart where they differ by little more than rounding.
+    """
+    if cell.layout.cp == 1 or cell.steps[0].split.replicated:
+        return None
+    local = one_device.own_tokens_only(cell)
+    gap = relative_rmse(local, truth)
+    if gap <= MIN_REMOTE_GAP * rounding:
+        return None
+    if relative_rmse(rows, truth) < gap / 2:
+        return True
+    return False if float((rows.double() - local).norm() / truth.norm()) < gap / 2 else None
 
 
-def _gather_columns(rows_nM: Tensor, group: Group) -> Tensor:
-    """[n, M] of each rank side by side: [n, size * M]."""
-    gathered = rows_nM.new_empty(group.size * rows_nM.shape[0], rows_nM.shape[1])
-    group.all_gather(gathered, rows_nM.contiguous()).wait()
-    return torch.cat(gathered.chunk(group.size), 1)
+def _wrong_token(answer: Answer, truth: Solution, yardstick: Solution) -> str | None:
+    """A first token that rounding does not excuse: the right one leads by more than that."""
+    assert truth.logits is not None and yardstick.logits is not None
+    rounding = _max_error(yardstick.logits, truth.logits)
+    for sequence, (token, right, margin) in enumerate(zip(answer.first_tokens, truth.tokens, truth.margins, strict=True)):
+        if token != right and margin > MAX_MARGIN * rounding:
+            return f"the first token of sequence {sequence} is {token}, not {right}, which leads by {margin:.2e}; one device is off by {rounding:.1e}"
+    return None
+
+
+def _where(answer: Answer, errors: dict[int, float], truth: Tensor) -> str:
+    """The ranks that are best and worst, where they are far apart."""
+    what = "rank"
+    if len(errors) == 1:
+        (rows,), what = answer.copies.values(), "context-parallel rank"
+        held = {rank: _rows_of(rank, answer.cell, truth.device) for rank in range(answer.cell.layout.cp)}
+        errors = {rank: relative_rmse(rows[index], truth[index]) for rank, index in held.items() if len(index)}
+    best, worst = (pick(errors, key=lambda rank: errors[rank]) for pick in (min, max))
+    return f": {errors[best]:.1e} on {what} {best}, {errors[worst]:.1e} on {what} {worst}" if errors[worst] > 2 * errors[best] else ""
+
+
+def _holders(bad_N: Tensor, cell: Cell) -> str:
+    """The context-parallel ranks that hold the marked tokens."""
+    if cell.layout.cp == 1:
+        return ""
+    ranks = [str(rank) for rank in range(cell.layout.cp) if bad_N[_rows_of(rank, cell, bad_N.device)].any()]
+    return f" on context-parallel rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+
+
+def _rows_of(rank: int, cell: Cell, device: torch.device) -> Tensor:
+    """Places in the packed batch of the tokens of a context-parallel rank."""
+    return row_index(cell.packed_tokens(tuple(block for step in cell.steps for block in step.split.ranks[rank])), device)
+
+
+def _max_error(rows: Tensor, truth: Tensor) -> float:
+    return float((rows.double() - truth.double()).abs().max())
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _joined(*reasons: str | None) -> str | None:
+    return "; ".join(reason for reason in reasons if reason) or None
+
+
+def _amount(counts: tuple[int, int]) -> str:
+    calls, received = counts
+    return f"{calls} call{'' if calls == 1 else 's'} ({received:,} bytes)" if calls else "none"

@@ -45,7 +45,7 @@ def test_a_rank_that_hangs_is_ended_at_the_deadline_and_its_stack_is_kept(tmp_pa
     assert any("faulty" in line or "measure_cell" in line for line in cell.failure.log_tail), cell.failure
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("wrong", "times that of one device"), ("traffic", "traffic differs from its formula")])
+@pytest.mark.parametrize(("fault", "reason"), [("wrong", "ignores the tokens of other ranks"), ("traffic", "traffic differs from its formula")])
 def test_a_wrong_answer_gets_no_time(tmp_path, fault, reason):
     cell = faulty(tmp_path, fault)
     assert cell.status == "wrong"
