@@ -13,8 +13,11 @@ All of them run FlashAttention (TransformerEngine: or cuDNN) whichever kernel th
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
+from importlib import import_module
 from itertools import accumulate
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cpbench.cell import Cell
@@ -57,22 +60,19 @@ class RingFlashAttn(ExternalStrategy):
         return self._attend_packed(q_THD, *open_rows(rows_SW), plan, context)
 
     def call(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, context: Context) -> Tensor:
-        from ring_flash_attn import zigzag_ring_flash_attn_func
-
-        group = context.group.process_group
-        out: Tensor = zigzag_ring_flash_attn_func(q_BSHD, k_BSGD, v_BSGE, softmax_scale=context.scale, causal=True, group=group)
+        ring, group = import_ring_flash_attn().zigzag_ring_flash_attn_func, context.group.process_group
+        out: Tensor = ring(q_BSHD, k_BSGD, v_BSGE, softmax_scale=context.scale, causal=True, group=group)
         return out
 
     def _attend_packed(self, q_nHD: Tensor, k_nGD: Tensor, v_nGE: Tensor, plan: LibraryPlan, context: Context) -> Tensor:
         """Sequences one after the other, each as its early and its late block: the rows are put into this order and back."""
         import torch
-        from ring_flash_attn import zigzag_ring_flash_attn_varlen_func
 
         order = torch.tensor(packed_order(plan.lengths), device=q_nHD.device)
         cu_seqlens = torch.tensor([0, *accumulate(plan.lengths)], dtype=torch.int32, device=q_nHD.device)
         q, k, v = (x.index_select(0, order) for x in (q_nHD, k_nGD, v_nGE))
         with context.group.foreign():
-            out = zigzag_ring_flash_attn_varlen_func(
+            out = import_ring_flash_attn().zigzag_ring_flash_attn_varlen_func(
                 q, k, v, cu_seqlens, max(plan.lengths), softmax_scale=context.scale, causal=True, group=context.group.process_group
             )
         rows: Tensor = torch.empty_like(out).index_copy_(0, order, out)
@@ -139,6 +139,19 @@ def packed_order(lengths: tuple[int, ...]) -> list[int]:
     starts, late = [0, *accumulate(halves)], sum(halves)
     pieces = [(start + offset, half) for start, half in zip(starts, halves, strict=False) for offset in (0, late)]
     return [row for first, rows in pieces for row in range(first, first + rows)]
+
+
+def import_ring_flash_attn() -> Any:
+    """The package, also beside a transformers that its Hugging Face adapter cannot use (0.1.8 needs one below 5): nothing here needs that one."""
+    try:
+        return import_module("ring_flash_attn")
+    except ImportError as error:
+        if "transformers" not in str(error):
+            raise
+    adapters: Any = ModuleType("ring_flash_attn.adapters")
+    adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
+    sys.modules[adapters.__name__] = adapters
+    return import_module("ring_flash_attn")
 
 
 @lru_cache(maxsize=4)
