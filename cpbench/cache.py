@@ -27,6 +27,7 @@ class KVCache:
         self.table = table
         self.lanes = lanes
         self._buffers = Buffers()
+        self._pools: set[int] = set()  # those that have been cleared
 
     def dense(self, layer: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """This layer's buffer where nothing is paged and K and V are kept, else one that all layers share."""
@@ -34,9 +35,14 @@ class KVCache:
         return self._buffers.get(f"cache_{layer}" if kept else f"gather_{layer % self.lanes}", shape, like)
 
     def pool(self, layer: int, width: int, like: Tensor) -> Tensor:
-        """All pages of a layer as rows [pages * page size, width]. Undefined until written."""
+        """All pages of a layer as rows [pages * page size, width], zero until written: kernels load whole pages and mask by multiplying."""
         assert self.table is not None, "a dense cache has no pages"
-        return self._buffers.get(f"cache_{layer if self.keep else layer % self.lanes}", (self.table.rows, width), like)
+        index = layer if self.keep else layer % self.lanes
+        pool = self._buffers.get(f"cache_{index}", (self.table.rows, width), like)
+        if index not in self._pools:
+            self._pools.add(index)
+            pool.zero_()
+        return pool
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         return self._buffers.tensors()
@@ -94,7 +100,7 @@ class StepCache:
     def pages(self, layer: int, width: int, like: Tensor) -> Tensor:
         """All pages of a layer: [pages, page size, width]."""
         assert self.cache.table is not None, "a dense cache has no pages"
-        return self.cache.pool(layer, width, like).unflatten(0, (-1, self.cache.table.page_size))
+        return self.cache.pool(layer, width, like).view(self.cache.table.pool_pages, self.cache.table.page_size, width)
 
     @cached_property
     def tables(self) -> Tensor:

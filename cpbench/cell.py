@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from cpbench.batch import Batch
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.partition import Block, Split, packed, split, switched_off
@@ -89,10 +90,10 @@ class Cell:
             return (self,)
         chunks = [_chunks(length, self.chunk, 2 * self.layout.cp) for length in self.lengths]
         steps: list[Cell] = []
-        prefixes, earlier = self.prefixes, ()
+        prefixes, earlier = self.prefixes, tuple[tuple[int, ...], ...]()
         for index in range(max(map(len, chunks))):
             lengths = tuple(sizes[index] if index < len(sizes) else 0 for sizes in chunks)
-            steps.append(replace(self, lengths=lengths, prefixes=prefixes, chunk=None, earlier=earlier))
+            steps.append(replace(self, lengths=lengths, prefixes=prefixes, chunk=None, page_size=self.tokens_per_page, earlier=earlier))
             prefixes = tuple(p + n for p, n in zip(prefixes, lengths, strict=True))
             earlier = (*earlier, lengths)
         return tuple(steps)
@@ -100,7 +101,7 @@ class Cell:
     @property
     def paged(self) -> bool:
         """Whether K and V live in pages: where tokens are cached already, where chunks will be, or where it is asked for."""
-        return any(self.prefixes) or self.chunk is not None or self.page_size is not None or bool(self.earlier)
+        return any(self.prefixes) or self.chunk is not None or self.page_size is not None
 
     @property
     def tokens_per_page(self) -> int:
@@ -158,9 +159,8 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Short name for progress and warnings: `cp4 ring 36k`."""
-        batch = f" b{len(self.lengths)}" if len(self.lengths) > 1 else ""
-        return f"{self.layout} {self.strategy} {format_count(max(self.lengths))}{batch}"
+        """Short name for progress and warnings: `cp4 ring 36k`, `cp4 ring 36k@32k b3`."""
+        return f"{self.layout} {self.strategy} {Batch(self.lengths, self.prefixes).name}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything a worker needs, as JSON."""

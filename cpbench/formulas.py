@@ -6,6 +6,7 @@ nothing is run and torch is not imported. Tests hold every one of them against w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cpbench.cell import Cell
@@ -38,8 +39,20 @@ def flops_of_rank(cell: Cell, rank: int) -> int:
 
 
 def flops(cell: Cell) -> int:
-    """Floating-point operations of one pass on all ranks together."""
-    return sum(flops_of_rank(cell, rank) for rank in range(cell.world_size))
+    """Floating-point operations of one pass on all ranks together: what `flops_of_rank` sums up to, without a plan per rank.
+
+    Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each.
+    """
+    config, layout = cell.config, cell.layout
+    pairs = sum(n * prefix + n * (n + 1) // 2 for n, prefix in zip(cell.lengths, cell.prefixes, strict=True))
+    attention = 4 * config.head_dim * pairs * cell.heads * (layout.cp if cell.cp_off else 1)
+    if cell.target == "attention":
+        return attention * layout.tp
+    rows = cell.tokens * (layout.cp if cell.cp_off or cell.partition == "replicated" else 1)
+    projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
+    mlp = 6 * rows * config.hidden * config.intermediate // layout.tp
+    head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
+    return layout.tp * (cell.layers * (attention + projections + mlp) + layout.cp * head)
 
 
 def traffic(cell: Cell, rank: int) -> Traffic:
@@ -50,7 +63,7 @@ def traffic(cell: Cell, rank: int) -> Traffic:
     layout, config = cell.layout, cell.config
     if cell.target == "prefill":
         batch = len(cell.lengths)
-        if not cell.steps[-1].split.replicated:
+        if layout.cp > 1 and not cell.steps[-1].split.replicated:
             total.add("cp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.cp - 1) // layout.cp)
         if layout.tp > 1:
             total.add("tp", "all_gather", (layout.tp - 1) * batch * 4 * 8)  # two values and two indices in fp64
@@ -71,16 +84,19 @@ def _traffic_of_step(step: Cell, rank: int) -> Traffic:
     return total
 
 
-def live_bytes(cell: Cell, rank: int) -> int:
-    """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer in any step."""
+def live_bytes(cell: Cell, rank: int, steps: Iterable[Cell] = ()) -> int:
+    """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer in any step.
+
+    With `steps`, only these of the cell's are looked at: an estimate where there are hundreds.
+    """
     cp_rank, config, size = cell.layout.coordinates(rank)["cp"], cell.config, cell.element_bytes
-    costs = [_step_bytes(step, cp_rank) for step in cell.steps]
+    costs = [_step_bytes(step, cp_rank) for step in tuple(steps) or cell.steps]
     layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
     kept = pool_bytes(cell, cp_rank) if cell.paged else max(cost.kept for cost in costs)
-    fixed = kept * layers + max(cost.buffers for cost in costs) + max(cost.moment for cost in costs)
+    fixed = kept * layers + sum(map(max, zip(*(cost.buffers for cost in costs), strict=True))) + max(cost.moment for cost in costs)
     rows = new_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
-        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(costs) > 1 else 0)
+        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(cell.steps) > 1 else 0)
         return fixed + inputs * size
     hidden = rows if cell.target == "layer" else max(step.split.rows(cp_rank) for step in cell.steps)
     angles = max(step.split.rows(cp_rank) for step in cell.steps) * config.head_dim * 4  # cos and sin in fp32, half a head each
@@ -89,10 +105,10 @@ def live_bytes(cell: Cell, rank: int) -> int:
 
 @dataclass(frozen=True)
 class _StepBytes:
-    """Kept by each layer where nothing is paged, reused by all layers, and alive at the largest moment of a layer."""
+    """Kept by each layer where nothing is paged, buffers that all layers reuse, and what is alive at the largest moment of a layer."""
 
     kept: int
-    buffers: int
+    buffers: tuple[int, ...]
     moment: int
 
 
@@ -101,10 +117,11 @@ def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
     extra, n = strategy.memory(step, cp_rank), step.split.rows(cp_rank)
     local, row = strategy.keeps_local_rows, row_values(step) * size
     cached = sum(block.rows for block in strategy.cached(step, cp_rank)) if local else 0
-    kept, buffers = (extra.new_rows + (n * row if local else 0), extra.buffers + (0 if local else n * row))
+    kept = extra.new_rows + (n * row if local else 0)
+    buffers: tuple[int, ...] = (extra.buffers, extra.merge, 0 if local else n * row)
     attend = extra.transient
     if step.paged:
-        kept, buffers = 0, extra.buffers + extra.new_rows + (cached + n) * row
+        kept, buffers = 0, (extra.buffers, extra.merge, (cached + n) * row, extra.new_rows)
         if step.kv_cache == "keep":  # the rows on their way into pages
             stored = sum(block.rows for block, _ in strategy.stored(step, cp_rank)) * cache_row_bytes(step, cp_rank)
             attend = max(attend, stored)

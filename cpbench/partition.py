@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from cpbench.errors import unknown
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def rows(self) -> int:
-        return len(self.positions)
+        return max(0, -((self.start - self.stop) // self.step))
 
     @property
     def positions(self) -> range:
@@ -43,7 +43,7 @@ class Block:
     @property
     def last(self) -> int:
         """The highest position."""
-        return self.positions[-1]
+        return self.start + (self.rows - 1) * self.step
 
     @property
     def causal_pairs(self) -> int:
@@ -155,7 +155,11 @@ def split(partition: str, lengths: Sequence[int], cp: int, prefixes: Sequence[in
     """
     if partition not in PARTITIONS:
         raise unknown("partition", partition, PARTITIONS)
-    lengths, prefixes = tuple(lengths), tuple(prefixes) or (0,) * len(lengths)
+    return _split(partition, tuple(lengths), cp, tuple(prefixes) or (0,) * len(lengths), inner)
+
+
+@lru_cache(maxsize=512)  # every step of a chunked pass asks for the splits of the steps before it
+def _split(partition: str, lengths: tuple[int, ...], cp: int, prefixes: tuple[int, ...], inner: int) -> Split:
     name = "replicated" if switched_off(partition, lengths, cp) else partition
     if name == "replicated":
         inner = 1

@@ -83,12 +83,15 @@ def causal_segments(queries: Sequence[PlacedBlock], keys: Sequence[PlacedBlock])
     A key block lies before a query block, or has its step, or both. A query block with no visible key gets no segment.
     """
     segments: list[Segment] = []
+    of_sequence: dict[int, list[PlacedBlock]] = {}
+    for placed in keys:
+        of_sequence.setdefault(placed[0].sequence, []).append(placed)
     for query, row in queries:
         whole = Span(row, row + query.rows)
         full: list[Span] = []
         squares: list[Segment] = []
-        for key, key_row in keys:
-            if key.sequence != query.sequence or key.start > query.last:
+        for key, key_row in of_sequence.get(query.sequence, ()):
+            if key.start > query.last:
                 continue
             if key.last < query.start:
                 full.append(Span(key_row, key_row + key.rows))

@@ -121,7 +121,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "stop": "",
         "first_call_s": None,
         "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
-        "kernel": kernel.name,
+        "kernel": kernel.dispatched(cell.dtype, dim, dim),
         "tokens_per_rank": cell.max_rows,
         "cp_active": cell.cp_off is None,
         "cp_off_reason": cell.cp_off,
@@ -163,6 +163,9 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     if on_cpu:
         program.set_kernel(OneBlock(kernel))
     program.prepare()
+    if len(program.stages) > 1:  # buffers grow from chunk to chunk in the first pass, and in no other
+        program.run()
+        program.prepare()
     groups.recorder.reset()
     with groups.recorder.observing() as seen:
         peaks = measure_peaks(program.run, device, program.tensors)

@@ -178,30 +178,40 @@ class ProcessGroup(Group):
 
 
 class LocalWorld:
-    """The ranks of a layout as threads of this process. `run(program)` calls program(rank) on each and returns the results."""
+    """The ranks of a layout as threads of this process. `run(program)` calls program(rank) on each and returns the results.
 
-    def __init__(self, size: int) -> None:
+    `timeout`: seconds after which a rank gives up on others that do not come to a collective; None: it waits for ever.
+    """
+
+    def __init__(self, size: int, timeout: float | None = None) -> None:
         self.size = size
+        self._timeout = timeout
         self._meetings: dict[tuple[str, tuple[int, ...]], _Meeting] = {}
         self._lock = threading.Lock()
 
     def group(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder) -> LocalGroup:
         """This rank's view of a group; ranks of equal (axis, ranks) meet each other."""
         with self._lock:
-            meeting = self._meetings.setdefault((axis, tuple(ranks)), _Meeting(len(ranks)))
+            meeting = self._meetings.setdefault((axis, tuple(ranks)), _Meeting(len(ranks), self._timeout))
         return LocalGroup(axis, ranks, rank, recorder, meeting)
 
     def run(self, program: Callable[[int], Any]) -> list[Any]:
-        """Run to the end on every rank. An exception on one rank releases the others and is raised here."""
+        """Run to the end on every rank. An exception on one rank releases the others and is raised here.
+
+        Raises RuntimeError where ranks gave up on others.
+        """
         results: list[Any] = [None] * self.size
         failures: list[BaseException] = []
+        waiting: dict[int, str] = {}
 
         def thread(rank: int) -> None:
             try:
                 with torch.inference_mode():
                     results[rank] = program(rank)
             except BaseException as error:
-                if not isinstance(error, threading.BrokenBarrierError):
+                if isinstance(error, threading.BrokenBarrierError):
+                    waiting[rank] = str(error)
+                else:
                     failures.append(error)
                 for meeting in list(self._meetings.values()):
                     meeting.barrier.abort()
@@ -213,15 +223,18 @@ class LocalWorld:
             started.join()
         if failures:
             raise failures[0]
+        if waiting:
+            places = ", ".join(f"rank {rank} over {waiting[rank]}" for rank in sorted(waiting))
+            raise RuntimeError(f"the ranks do not call the same collectives: in vain waited {places}")
         return results
 
 
 class _Meeting:
     """Where the threads of one group exchange references: a board with one place per rank, and a barrier."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, timeout: float | None) -> None:
         self.board: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
+        self.barrier = threading.Barrier(size, timeout=timeout)
 
 
 class LocalGroup(Group):
@@ -234,14 +247,17 @@ class LocalGroup(Group):
     def _meet(self, mine: Any, read: Callable[[list[Any]], Any]) -> Any:
         """Show `mine`, read everybody's, and leave together, so that nobody's tensors change while they are read."""
         self._meeting.board[self.rank] = mine
-        self._meeting.barrier.wait()
+        self.barrier()
         result = read(self._meeting.board)
-        self._meeting.barrier.wait()
+        self.barrier()
         self._meeting.board[self.rank] = None  # a reference left here would keep the tensor alive
         return result
 
     def barrier(self) -> None:
-        self._meeting.barrier.wait()
+        try:
+            self._meeting.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise threading.BrokenBarrierError(self.axis) from None
 
     def share(self, values: Sequence[float]) -> list[list[float]]:
         shared: list[list[float]] = self._meet([float(value) for value in values], list)

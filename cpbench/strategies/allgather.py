@@ -111,9 +111,9 @@ class AllGather(Strategy):
         gathered = (plan.cached_rows + cell.layout.cp * split.max_rows) * row
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
         segments = [*plan.own, *plan.cached, *plan.remote]
-        buffers, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
+        merge, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
         grouped = split.rows(rank) * (cell.heads * cell.config.head_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
-        return AttentionMemory(new_rows=gathered, buffers=padded + buffers, transient=transient + grouped)
+        return AttentionMemory(new_rows=gathered, buffers=padded, merge=merge, transient=transient + grouped)
 
 
 class _Gather:
@@ -133,8 +133,8 @@ class _Gather:
         """Attend: out [T, H, E]. Valid until the next group finishes."""
         from cpbench.kernels.accumulate import Accumulator
 
-        size, multiple = self.context.cache.page_size, self.context.kernel.page_multiple
-        if self.plan.requests and size and multiple and size % multiple == 0:
+        size, (dim_qk, dim_v) = self.context.cache.page_size, (x.shape[2] for x in self.open_rows(self.rows_nW))
+        if self.plan.requests and size and self.context.kernel.reads_pages(size, dim_qk, dim_v):
             return self._in_pages()
         cache, kernel, plan, scale = self.context.cache, self.context.kernel, self.plan, self.context.scale
         result = Accumulator(self.q_THD.shape[0], self.context.buffers)

@@ -178,29 +178,31 @@ def packed_heads(k_SGD: Tensor, v_SGE: Tensor) -> tuple[Tensor, OpenRows]:
 class AttentionMemory:
     """Bytes that a strategy adds on a rank in one step.
 
-    `new_rows`: a layer's buffer for K and V beside the rank's rows, which is what is kept where nothing is paged; `buffers`: reused by
-    every layer; `transient`: alive during `attend` beside q and the rank's rows.
+    `new_rows`: a layer's buffer for K and V beside the rank's rows, which is what is kept where nothing is paged; `buffers` that travel
+    and `merge` buffers: reused by every layer; `transient`: alive during `attend` beside q and the rank's rows.
     """
 
     new_rows: int = 0
     buffers: int = 0
+    merge: int = 0
     transient: int = 0
 
 
 def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Sequence[Segment]) -> tuple[int, int]:
     """(buffers, transient) of running `segments` in this order into one result of `rows` rows.
 
-    `shards`: query and kv heads of the call. One call: its output. More: the first output and the latest one, and an fp32 accumulator
-    where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of K and V.
+    `shards`: query and kv heads of the call. One call for all rows: its output. Else the first output and the latest one, and an fp32
+    accumulator where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of
+    K and V.
     """
     heads, _ = shards
     row, size = heads * cell.config.head_dim, cell.element_bytes
     spans = [(s.queries.rows, span.rows) for s in segments for span in ([s.causal] if s.causal else []) + list(s.full)]
     costs = [queries * row * size + _copied(cell, queries, keys, shards) for queries, keys in spans]
-    if len(spans) == 1:
-        return 0, costs[0]
     whole, narrow = segments[0].queries.rows == rows, size < 4
-    accumulator = 4 * rows * (row + heads) if narrow or not whole else 0
+    accumulator = 4 * rows * (row + heads) if not whole or (narrow and len(spans) > 1) else 0
+    if len(spans) == 1:
+        return accumulator, costs[0]
     largest = max(queries for queries, _ in spans[1:])
     scratch = 4 * min(largest, max(1, MERGE_BLOCK // row)) * row if narrow else 0
     first = rows * row * size if whole else 0  # in a narrow dtype it is gone once the accumulator has it
@@ -208,11 +210,10 @@ def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Seque
 
 
 def _copied(cell: Cell, queries: int, keys: int, shards: tuple[int, int]) -> int:
-    """Bytes of K and V that a kernel copies for one call: head by head on CPU, repeated to all query heads by the fused CUDA operators."""
-    value = 2 * cell.config.head_dim * cell.element_bytes
-    if cell.device == "cpu":
-        return keys * shards[1] * value if queries >= MIN_ROWS_TO_COPY else 0
-    return keys * shards[0] * value if shards[0] > shards[1] else 0
+    """Bytes of K and V that the CPU kernel copies head by head for one call; fused CUDA kernels read them as they are."""
+    if cell.device != "cpu" or queries < MIN_ROWS_TO_COPY:
+        return 0
+    return keys * shards[1] * 2 * cell.config.head_dim * cell.element_bytes
 
 
 def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:

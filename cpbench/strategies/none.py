@@ -39,5 +39,5 @@ class NoParallelism(Strategy):
         return Traffic()
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        buffers, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank))
-        return AttentionMemory(buffers=buffers, transient=transient)
+        merge, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank))
+        return AttentionMemory(merge=merge, transient=transient)

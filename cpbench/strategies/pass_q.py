@@ -127,11 +127,13 @@ class PassQ(Strategy):
         leaving = sum(visit.covered_rows for visit in visits) * _partial_bytes(cell)
         arriving = sum(visit.covered_rows for holder, visit in enumerate(plan.away) if holder != rank) * _partial_bytes(cell)
         mine, attend = calls_memory(cell, n, heads, plan.here[rank].segments)
-        merged = max(mine, 4 * n * (row + cell.heads) if narrow else 0)
+        merged = max(mine, 4 * n * (row + cell.heads) if narrow and arriving else 0)
         others = [calls_memory(cell, visit.rows, heads, visit.segments) for visit in visits if visit.segments]
-        held = n * row * cell.element_bytes if not (narrow and mine) else 0
-        buffers = travelling + leaving + arriving + merged + max((kept for kept, _ in others), default=0)
-        return AttentionMemory(buffers=buffers, transient=max(attend, held + max((passing for _, passing in others), default=0)))
+        held = n * row * cell.element_bytes if not (narrow and mine) else 0  # this rank's first result waits for the others
+        merged += max((kept for kept, _ in others), default=0)
+        return AttentionMemory(
+            buffers=travelling + leaving + arriving, merge=merged, transient=max(attend, held + max((passing for _, passing in others), default=0))
+        )
 
 
 class _Partials:

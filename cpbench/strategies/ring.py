@@ -62,8 +62,8 @@ class Ring(Strategy):
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         plan = self.plan(cell, rank)
         segments = [segment for step in plan for segment in step.segments]
-        buffers, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), segments)
-        return AttentionMemory(buffers=arriving_rows(plan) * row_values(cell) * cell.element_bytes + buffers, transient=transient)
+        merge, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), segments)
+        return AttentionMemory(buffers=arriving_rows(plan) * row_values(cell) * cell.element_bytes, merge=merge, transient=transient)
 
 
 def ring_steps(places: Sequence[tuple[Blocks, Blocks]], place_here: int) -> tuple[Step, ...]:

@@ -169,6 +169,6 @@ class Ulysses(Strategy):
         plan = self.plan(cell, rank)
         shards = plan.exchange.shards
         kept, exchanged, all_tokens, own = plan.exchange.memory(cell, rank)
-        buffers, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
+        merge, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
         reordered = all_tokens if plan.exchange.order is not None else 0
-        return AttentionMemory(kept, exchanged + buffers, max(attend, all_tokens + max(own, reordered)))
+        return AttentionMemory(kept, exchanged, merge, max(attend, all_tokens + reordered + own))

@@ -76,11 +76,11 @@ class UlyssesGather(Strategy):
         plan, head = self.plan(cell, rank), cell.config.head_dim * cell.element_bytes
         shards = plan.shards
         own, whole = cell.tokens * shards.q_heads * head, cell.tokens * cell.heads * head
-        buffers, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
+        merge, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
         keys = cell.tokens + sum(block.rows for block in self.cached(cell, rank))
         repeated = 0 if _adjacent(shards.kv_sources[rank]) else 2 * keys * shards.kv_heads * head
         joined = whole if shards.q_heads > 1 else 0  # with one head per rank the gathered output is used where it lies
-        return AttentionMemory(buffers=whole + buffers, transient=repeated + max(attend + own, own + joined))
+        return AttentionMemory(buffers=whole, merge=merge, transient=repeated + max(attend + own, own + joined))
 
 
 def _heads(x_SGD: Tensor, sources: tuple[int, ...]) -> Tensor:

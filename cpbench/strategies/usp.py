@@ -12,6 +12,7 @@ A rank keeps the tokens of its place for the kv heads of its shard: the K/V cach
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,9 +99,27 @@ class Usp(Strategy):
         shards, exchange = plan.exchange.shards, plan.exchange
         kept, exchanged, all_tokens, own = exchange.memory(cell, rank % cell.layout.ulysses)
         segments = [segment for step in plan.steps for segment in step.segments]
-        buffers, attend = calls_memory(cell, sum(exchange.rows), (shards.q_heads, shards.kv_heads), segments)
+        merge, attend = calls_memory(cell, sum(exchange.rows), (shards.q_heads, shards.kv_heads), segments)
         arriving = arriving_rows(plan.steps) * _row_bytes(cell, exchange)
-        return AttentionMemory(kept, exchanged + arriving + buffers, max(attend, all_tokens + own))
+        return AttentionMemory(kept, exchanged + arriving, merge, max(attend, all_tokens + own))
+
+
+def hybrid_degrees(name: str) -> tuple[int, int] | None:
+    """`u4r2` -> (4, 2): the Ulysses and the ring degree. None for any other text."""
+    found = re.fullmatch(r"u([1-9]\d{0,3})r([1-9]\d{0,3})", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def default_degree(heads: int, kv_heads: int, cp: int) -> int:
+    """The Ulysses degree of a hybrid that was not told one, for the heads of a tensor-parallel rank.
+
+    The largest proper divisor of `cp` that divides the query heads, of those that need no kv head twice where there are any above 1. Two
+    ranks have no proper hybrid: they exchange heads where they can.
+    """
+    if cp == 2:
+        return 2 if heads % 2 == 0 else 1
+    degrees = [degree for degree in range(1, cp) if cp % degree == 0 and heads % degree == 0]
+    return max((degree for degree in degrees if 1 < degree <= kv_heads), default=max(degrees, default=1))
 
 
 def _places(cell: Cell) -> list[Blocks]:

@@ -21,7 +21,7 @@ def pairs(segments):
 
 
 def rows(placed):
-    return {start + i: (block.sequence, block.start + i) for block, start in placed for i in range(block.rows)}
+    return {start + i: (block.sequence, position) for block, start in placed for i, position in enumerate(block.positions)}
 
 
 @given(st.sampled_from(sorted(PARTITIONS)), batches, st.data())
@@ -62,9 +62,18 @@ def test_a_whole_sequence_is_one_causal_square():
     assert causal_segments(block, block) == (Segment(Span(0, 50), (), Span(0, 50)),)
 
 
-def test_blocks_that_overlap_are_a_bug_that_shows():
-    with pytest.raises(ValueError, match="overlaps"):
-        causal_segments([(Block(0, 10, 20), 0)], [(Block(0, 5, 15), 0)])
+@given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 40), st.integers(0, 40), st.integers(1, 40))
+def test_blocks_of_equal_step_may_overlap_in_any_way(step, query_start, query_rows, key_start, key_rows):
+    query = Block(0, query_start, query_start + query_rows * step, step)
+    key = Block(0, key_start, key_start + key_rows * step, step)
+    segments = causal_segments([(query, 7)], [(key, 300)])
+    visible = [(7 + i, 300 + j) for i, p in enumerate(query.positions) for j, k in enumerate(key.positions) if k <= p]
+    assert sorted(pairs(segments)) == visible
+
+
+def test_overlap_in_another_step_is_a_bug_that_shows():
+    with pytest.raises(ValueError, match="another step"):
+        causal_segments([(Block(0, 10, 20, 2), 0)], [(Block(0, 5, 15), 0)])
 
 
 @pytest.mark.parametrize("cp", [2, 4, 8])

@@ -25,13 +25,35 @@ from cpbench.strategies import STRATEGIES
 from cpbench.strategies.ulysses import head_shards
 
 CPU = torch.device("cpu")
-PARALLEL = [name for name in STRATEGIES if name != "none"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_per_rank():
+    """Ranks are threads here: more threads for each only contend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+PARALLEL = [name for name, strategy in STRATEGIES.items() if name != "none" and not strategy.brings_collectives]
+RANDOM_BATCHES = 1000
 COMBINATIONS = [(name, partition) for name in PARALLEL for partition in STRATEGIES[name].partitions]
+HEADS = [(8, 8), (8, 2), (24, 4), (24, 8), (24, 24)]
 TINY = load_config("qwen3-tiny")
 
 
-def make(strategy="none", partition="contiguous", lengths=(64,), config=TINY, target="attention", dtype="float32", layers=1, **sizes):
-    return Cell(target, config, layers, Layout(**sizes), strategy, partition, "auto", dtype, "cpu", tuple(lengths))
+def make(
+    strategy="none", partition="contiguous", lengths=(64,), config=TINY, target="attention", dtype="float32", layers=1, prefixes=(), options=None, **sizes
+):
+    layout = Layout(ulysses=default_ulysses(strategy, sizes), **sizes)
+    cell = Cell(target, config, layers, layout, strategy, partition, "auto", dtype, "cpu", tuple(lengths), prefixes=tuple(prefixes))
+    return replace(cell, **(options or {}))
+
+
+def default_ulysses(strategy, sizes):
+    """A hybrid of two neighbours wherever the group can be cut."""
+    return 2 if strategy == "usp" and sizes.get("cp", 1) % 2 == 0 else 1
 
 
 def assembled(cell, kernel="cpu_flash"):
@@ -50,7 +72,7 @@ def assembled(cell, kernel="cpu_flash"):
 
 
 def truth(cell):
-    single = make(lengths=cell.lengths, config=cell.config, target=cell.target, dtype="float64", layers=cell.layers)
+    single = make(lengths=cell.lengths, config=cell.config, target=cell.target, dtype="float64", layers=cell.layers, prefixes=cell.prefixes)
     return run_locally(single, load_kernel("reference"), CPU, getattr(torch, cell.dtype))[0][1]
 
 
@@ -58,16 +80,27 @@ def error(rows, expected):
     return float((rows.double() - expected.flatten(1)).norm() / expected.norm())
 
 
-@given(
-    st.sampled_from(COMBINATIONS),
-    st.sampled_from([2, 3, 4, 8]).flatmap(lambda cp: st.tuples(st.just(cp), st.lists(st.integers(2 * cp, 120), min_size=1, max_size=3))),
-    st.sampled_from([(8, 8), (8, 2), (24, 4), (24, 8), (24, 24)]),
-)
-@settings(max_examples=120, deadline=None)
-def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_says(combination, batch, heads):
-    (name, partition), (cp, lengths) = combination, batch
+@st.composite
+def batches(draw):
+    """A degree, and a batch of uneven lengths with prefixes, whole or in chunks; a short sequence may switch context parallelism off."""
+    cp = draw(st.sampled_from([2, 3, 4, 8]))
+    lengths = st.integers(1, 299) if draw(st.integers(0, 3)) == 0 else st.integers(2 * cp, 299)
+    sequences = draw(st.lists(st.tuples(lengths, st.just(0) | st.integers(0, 299)), min_size=1, max_size=4))
+    options = {"chunk": draw(st.none() | st.integers(2 * cp, 150)), "page_size": draw(st.none() | st.sampled_from([1, 16]))}
+    return cp, tuple(length for length, _ in sequences), tuple(prefix for _, prefix in sequences), options
+
+
+@given(st.sampled_from(COMBINATIONS), batches(), st.sampled_from(HEADS), st.data())
+@settings(max_examples=RANDOM_BATCHES, deadline=None)
+def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_says(combination, batch, heads, data):
+    (name, partition), (cp, lengths, prefixes, options) = combination, batch
     config = ModelConfig("test", 64, 1, heads[0], heads[1], 16, 64, 64)
-    cell = make(name, partition, lengths, config, cp=cp)
+    if name == "allgather":
+        options = {**options, "head_groups": data.draw(st.sampled_from([1, 2]))}
+    cell = make(name, partition, lengths, config, prefixes=prefixes, options=options, cp=cp)
+    if name == "usp":
+        degree = data.draw(st.sampled_from([u for u in range(1, cp + 1) if cp % u == 0]))
+        cell = replace(cell, layout=Layout(cp=cp, ulysses=degree))
     if STRATEGIES[name].check(cell) is not None:
         return
     world = LocalWorld(cell.world_size)
@@ -75,6 +108,7 @@ def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_say
     def program(rank):
         groups = local_groups(cell.layout, world, rank)
         program = Program(cell, groups, load_kernel("cpu_flash"), CPU)
+        program.keeps_rows = True
         output = program.run()
         assert groups.recorder.reset() == traffic(cell, rank)
         return program.tokens, output.rows.flatten(1)
@@ -89,9 +123,10 @@ def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_say
 @pytest.mark.parametrize(("name", "partition"), COMBINATIONS)
 @pytest.mark.parametrize("target", ["layer", "prefill"])
 def test_every_layout_of_the_model_gives_the_same_answer(name, partition, sizes, target):
+    """Three sequences with prefixes, in chunks."""
     if "cp" not in sizes:
         name, partition = "none", "contiguous"
-    cell = make(name, partition, (75, 33), target=target, layers=2, **sizes)
+    cell = make(name, partition, (75, 33, 8), target=target, layers=2, prefixes=(10, 0, 40), options={"chunk": 30}, **sizes)
     if STRATEGIES[name].check(cell):
         pytest.skip(STRATEGIES[name].check(cell))
     rows, output = assembled(cell)
@@ -110,33 +145,56 @@ def test_bf16_at_eight_ranks_stays_within_1_25_of_one_device(name, partition):
     assert error(assembled(cell)[0], expected) <= 1.25 * error(assembled(single)[0], expected)
 
 
+KEPT = [
+    ("float32", {}, False),
+    ("bfloat16", {"kv_cache": "drop"}, False),
+    ("bfloat16", {}, True),
+    ("float32", {"kv_cache": "drop"}, True),
+    ("float32", {"chunk": 6000}, True),
+    ("bfloat16", {"chunk": 6000, "cache_tokens": 40000}, False),
+]
+
+
 @pytest.mark.parametrize(("name", "partition"), COMBINATIONS)
-@pytest.mark.parametrize("target", ["attention", "layer", "prefill"])
-@pytest.mark.parametrize(("dtype", "kv_cache"), [("float32", "keep"), ("bfloat16", "drop")])
-def test_peak_of_live_tensors_is_the_closed_form(name, partition, target, dtype, kv_cache):
+@pytest.mark.parametrize(("dtype", "options", "prefix"), KEPT)
+def test_peak_of_live_tensors_of_attention_is_the_closed_form(name, partition, dtype, options, prefix):
     """cp=8, every rank: within 5%, which is the small block of the memory pass, norm statistics, and index tensors."""
-    config, length = replace(TINY, vocab=512), 32768 if target == "attention" else 16384
-    cell = Cell(target, config, 2 if target == "prefill" else 1, Layout(cp=8), name, partition, "auto", dtype, "cpu", (length,), 0, kv_cache)
-    world = LocalWorld(8)
+    if partition == "interleave" and "chunk" in options:
+        pytest.skip("many short calls: the small blocks of the memory pass are more than that")
+    hold_against_the_closed_form(make(name, partition, (16384,), TINY, "attention", dtype, 1, (8192,) if prefix else (), options, cp=8))
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize(("target", "kept"), [("layer", KEPT[0]), ("layer", KEPT[-1]), ("prefill", KEPT[0])])
+def test_peak_of_live_tensors_of_a_decoder_is_the_closed_form(name, target, kept):
+    dtype, options, _ = kept
+    layers = 2 if target == "prefill" else 1
+    hold_against_the_closed_form(make(name, STRATEGIES[name].partitions[0], (8192,), replace(TINY, vocab=512), target, dtype, layers, (), options, cp=4))
+
+
+def hold_against_the_closed_form(cell):
+    """Chunks: 7%, because buffers of different steps need not be largest together."""
+    world = LocalWorld(cell.world_size)
 
     def program(rank):
         program = Program(cell, local_groups(cell.layout, world, rank), OneBlock(load_kernel("cpu_flash")), CPU)
         program.prepare()
+        program.run()  # buffers grow from chunk to chunk in the first pass, and in no other
         tracker = LiveTensors(CPU, program.tensors)
         with tracker:
             program.run()
         return tracker.peak, tracker.by_category
 
     for rank, (peak, categories) in enumerate(world.run(program)):
-        assert peak == pytest.approx(live_bytes(cell, rank), rel=0.05), (rank, categories)
+        assert peak == pytest.approx(live_bytes(cell, rank), rel=0.07 if cell.chunk else 0.05), (rank, categories)
         assert sum(categories.values()) == peak
 
 
 def test_score_pairs_add_up_to_the_causal_triangle_of_all_heads():
     for (name, partition), cp, tp in itertools.product(COMBINATIONS, (2, 4), (1, 2)):
-        cell = make(name, partition, (100, 64), cp=cp, tp=tp)
+        cell = make(name, partition, (100, 64), prefixes=(30, 0), options={"chunk": 40}, cp=cp, tp=tp)
         total = sum(score_pairs(cell, rank) for rank in range(cell.world_size))
-        assert total == TINY.heads * sum(n * (n + 1) // 2 for n in cell.lengths), (name, partition)
+        assert total == TINY.heads * (30 * 100 + sum(n * (n + 1) // 2 for n in cell.lengths)), (name, partition)
 
 
 @pytest.mark.parametrize(
@@ -160,5 +218,8 @@ def test_ulysses_sends_each_rank_the_kv_heads_of_its_query_heads(heads, kv_heads
 def test_impossible_cells_say_the_nearest_possible_one():
     assert "cp=4" in STRATEGIES["ulysses"].check(make("ulysses", cp=3, lengths=(64,))) or "cp=2" in STRATEGIES["ulysses"].check(make("ulysses", cp=3))
     assert "use zigzag" in STRATEGIES["ring"].check(make("ring", "spiral", cp=2))
-    assert "shorter than 2*cp" in STRATEGIES["ring"].check(make("ring", "zigzag", (10,), cp=8))
+    assert STRATEGIES["ring"].check(make("ring", "zigzag", (10,), cp=8)) is None, "a short batch runs without context parallelism"
+    assert "use usp" in STRATEGIES["ring"].check(replace(make("ring", "zigzag"), layout=Layout(cp=4, ulysses=2)))
+    assert "u=2" in STRATEGIES["usp"].check(replace(make("usp", "zigzag", config=replace(TINY, heads=2, kv_heads=2)), layout=Layout(cp=6, ulysses=3)))
+    assert "head_groups=2" in STRATEGIES["allgather"].check(make("allgather", "zigzag", options={"head_groups": 3}, cp=2))
     assert "cp1" in STRATEGIES["none"].check(make("none", cp=2))
