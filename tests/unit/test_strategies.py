@@ -119,6 +119,28 @@ def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_say
     assert error(rows, truth(cell).rows) < 1e-6
 
 
+@pytest.mark.parametrize(("name", "partition"), COMBINATIONS)
+def test_three_sequences_with_prefixes_on_four_ranks_are_the_dense_answer_to_the_last_digits_of_fp64(name, partition):
+    cell = make(name, partition, (41, 8, 130), prefixes=(7, 90, 0), dtype="float64", cp=4)
+    assert error(assembled(cell, "reference")[0], truth(cell).rows) < 1e-14
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_slicing_heads_and_gathering_them_is_full_attention_bit_for_bit(heads):
+    """Where nothing is merged, each head is computed on its own, whatever the number of heads on a rank; kv heads may be fewer than ranks."""
+    config = ModelConfig("test", 64, 1, *heads, 64, 64, 64)
+    sliced = make("ulysses-gather", "replicated", (300, 77), config, cp=4)
+    whole = make(lengths=sliced.lengths, config=config)
+    assert torch.equal(assembled(sliced)[0], assembled(whole)[0])
+
+
+def test_a_packed_batch_is_its_sequences_one_by_one_bit_for_bit():
+    config = ModelConfig("test", 64, 1, 8, 2, 64, 64, 64)
+    packed = assembled(make("ulysses", "contiguous", (300, 77), config, cp=4))[0]
+    first = assembled(make("ulysses", "contiguous", (300,), config, cp=4))[0]
+    assert torch.equal(packed[:300], first)
+
+
 @pytest.mark.parametrize("sizes", [{"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 4, "tp": 2}, {"tp": 4}, {"tp": 8}], ids=str)
 @pytest.mark.parametrize(("name", "partition"), COMBINATIONS)
 @pytest.mark.parametrize("target", ["layer", "prefill"])
