@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cpbench import __version__, options
+from cpbench.batch import flag_batches
 from cpbench.errors import INTERRUPTED, CpbenchError, unknown
 
 if TYPE_CHECKING:
@@ -86,16 +87,21 @@ def _root(context: typer.Context, version: options.VERSION = False) -> None:
         raise CpbenchError("A command is missing.", "The main one is cpbench sweep; all are in cpbench --help.")
 
 
-@app.command()
+@app.command(epilog=options.MORE)
 def sweep(
     scenario: options.SCENARIO = None,
     seq: options.SEQ = None,
     batch: options.BATCH = None,
+    lengths: options.LENGTHS = None,
+    prefix: options.PREFIX = None,
+    pair: options.PAIR = False,
     cp: options.CP = None,
     tp: options.TP = None,
     strategy: options.STRATEGY = None,
+    partition: options.PARTITION = None,
     model: options.MODEL = None,
     target: options.TARGET = None,
+    chunk: options.CHUNK = None,
     layers: options.LAYERS = None,
     dtype: options.DTYPE = None,
     seed: options.SEED = None,
@@ -113,8 +119,9 @@ def sweep(
     quiet: options.QUIET = False,
 ) -> int:
     """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
-    axes = {"seq": seq, "batch": batch, "cp": cp, "tp": tp, "strategies": strategy}
-    fields = {"model": model, "target": target, "layers": layers, "dtype": dtype, "seed": seed, "threads": threads, "rounds": rounds}
+    axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "cp": cp, "tp": tp, "strategies": strategy}
+    fields: dict[str, Any] = {"partition": partition, "model": model, "target": target, "chunk": chunk, "layers": layers, "dtype": dtype, "seed": seed}
+    fields |= {"threads": threads, "rounds": rounds, "pair": pair or None, "batches": flag_batches(lengths, prefix or []) if lengths else None}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
     given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}
     if resume:
@@ -124,6 +131,32 @@ def sweep(
         raise CpbenchError(f"{name} is for sweeps that are continued.", "Add --resume, or leave it out.")
     job = _fresh(scenario, given, limits, setting or [], output)
     return _dry_run(job, as_json) if dry_run else _run_job(job, as_json, quiet)
+
+
+@app.command()
+def verify(
+    strategy: options.VERIFY_STRATEGY = None,
+    cp: options.VERIFY_CP = None,
+    tp: options.VERIFY_TP = None,
+    lengths: options.VERIFY_LENGTHS = None,
+    prefix: options.VERIFY_PREFIX = None,
+    chunk: options.VERIFY_CHUNK = None,
+    model: options.VERIFY_MODEL = None,
+    dtype: options.VERIFY_DTYPE = None,
+    seed: options.VERIFY_SEED = None,
+    setting: options.VERIFY_SET = None,
+    deep: options.DEEP = False,
+    as_json: options.JSON = False,
+    quiet: options.QUIET = False,
+) -> int:
+    """Verify strategies, partitions and layouts against one device in fp64. Exit code 1 if one is wrong."""
+    if prefix and not lengths:
+        raise CpbenchError("--prefix describes the batch of --lengths, which is missing.", "Add --lengths, for example --lengths 101,67,130.")
+    axes = {"cp": cp, "tp": tp, "strategies": strategy}
+    fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
+    fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
+    fields |= {name: value for name, value in (("chunk", chunk), ("model", model), ("dtype", dtype), ("seed", seed)) if value is not None}
+    return _verify(fields, setting or [], deep, as_json, quiet)
 
 
 @app.command()
@@ -176,15 +209,15 @@ class _Job:
     retry: tuple[str, ...] = ("interrupted",)
 
 
-def _fresh(file: Path | None, fields: dict[str, str], limits: dict[str, str], settings: list[str], output: Path | None) -> _Job:
+def _fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], settings: list[str], output: Path | None) -> _Job:
     """What the flags say over what the file says over what the machine suggests."""
     from datetime import UTC, datetime
 
     from cpbench.environment import detect_machine
     from cpbench.resume import RESULTS
-    from cpbench.scenario import override, parse_scenario, read_yaml, resolve
+    from cpbench.scenario import override, parse_scenario, read_yaml, resolve, without_other_batches
 
-    data: dict[str, Any] = {**(read_yaml(file) if file else {}), **fields}
+    data: dict[str, Any] = {**without_other_batches(read_yaml(file) if file else {}, fields), **fields}
     for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
         data = override(data, setting)
     machine = detect_machine()
@@ -206,7 +239,7 @@ def _resumed(output: Path | None, limits: dict[str, str], retry: str | None, for
 
 
 def _refuse_with_resume(given: list[str]) -> None:
-    flags = {"strategies": "strategy"}
+    flags = {"strategies": "strategy", "batches": "lengths"}
     if given:
         flag = f"--{flags.get(given[0], given[0])}"
         raise CpbenchError(f"--resume reads what to measure from the file and cannot be combined with {flag}.", f"Leave {flag} out, or start a new sweep.")
@@ -257,6 +290,34 @@ def _dry_run(job: _Job, as_json: bool) -> int:
     echo = plan_echo(job.scenario, plan, job.notes, job.machine)
     console.show(console.output(), [*echo[:-1], *plan_view(plan, job.machine), f"{echo[-1]}. Nothing was run."])
     return 0
+
+
+def _verify(fields: dict[str, Any], settings: list[str], deep: bool, as_json: bool, quiet: bool) -> int:
+    """Run the grid and print it; what has run so far where it is interrupted."""
+    import json
+
+    from cpbench import verify as verification
+    from cpbench.environment import detect_machine
+    from cpbench.report import console
+    from cpbench.report.verification import Progress, header, verification_json, verification_view
+
+    asked, device = verification.asked_fields(fields, settings, detect_machine())
+    entries = verification.grid(asked, device, deep=deep)
+    messages, rows, interrupted = console.messages(), list[verification.Row](), False
+    console.show(messages, [] if quiet else [header(entries, device)])
+    try:
+        with Progress(messages, len(entries), quiet=quiet) as progress:
+            for row in verification.run(entries, device, progress.starting):
+                rows.append(row)
+                progress.done(row)
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        console.show_json(json.dumps(verification_json(rows), indent=1))
+    else:
+        out = console.output()
+        console.show(out, verification_view(rows, out, interrupted))
+    return INTERRUPTED if interrupted else int(any(row.verdict == "wrong" for row in rows))
 
 
 def _print_result(result: ResultFile, as_json: bool) -> None:

@@ -13,8 +13,8 @@ import typer
 _WHAT, _LONG, _CONTINUE, _OUTPUT = "What to measure", "How long", "Continue a sweep", "Output"
 
 
-def _option(panel: str, names: str, metavar: str, text: str) -> Any:
-    return typer.Option(*names.split(), metavar=metavar, rich_help_panel=panel, help=text, show_default=False)
+def _option(panel: str, names: str, metavar: str, text: str, *, hidden: bool = False) -> Any:
+    return typer.Option(*names.split(), metavar=metavar, rich_help_panel=panel, help=text, show_default=False, hidden=hidden)
 
 
 def _axis(name: str, metavar: str, text: str) -> Any:
@@ -29,29 +29,59 @@ def _path(panel: str, names: str, text: str) -> Any:
     return Annotated[Path | None, _option(panel, names, "FILE", text)]
 
 
-def _flag(panel: str, names: str, text: str) -> Any:
-    return Annotated[bool, _option(panel, names, "", text)]
+def _flag(panel: str, names: str, text: str, *, hidden: bool = False) -> Any:
+    return Annotated[bool, _option(panel, names, "", text, hidden=hidden)]
+
+
+def _rare(name: str, metavar: str, text: str) -> Any:
+    """A flag that --help names in one line only (MORE)."""
+    return Annotated[str | None, _option(_WHAT, name, metavar, text, hidden=True)]
 
 
 SCENARIO = _path(_WHAT, "--scenario", "YAML with any of the fields below and more; flags override it.")
-SEQ = _axis("--seq", "LENGTHS", "Tokens per sequence, a comma list: 36k,128k. Default: 36k.")
+SEQ = _axis("--seq", "LENGTHS", "New tokens per sequence, a comma list: 36k,128k. Default: 36k.")
 BATCH = _axis("--batch", "SIZES", "Sequences per batch, a comma list. Default: 1.")
+LENGTHS = _axis("--lengths", "LENGTHS", "One batch, the new tokens of each sequence: 1003,517,36k; may be repeated. Instead of --seq and --batch.")
+PREFIX = _axis("--prefix", "LENGTHS", "Cached tokens: with --seq a comma list to try, with --lengths those of each sequence. Default: 0.")
 CP = _axis("--cp", "DEGREES", "Context-parallel degrees: 2,4,8; cp=1 is added as the baseline. Default: 1.")
 TP = _axis("--tp", "DEGREES", "Tensor-parallel degrees. Default: 1.")
-STRATEGY = _axis("--strategy", "NAMES", "Context-parallel algorithms (cpbench list). Default: allgather,ring,ulysses.")
+STRATEGY = _axis("--strategy", "NAMES", "Context-parallel algorithms (cpbench list), u4r2 (Ulysses 4 x ring 2), or all. Default: allgather,ring,ulysses.")
 MODEL = _text(_WHAT, "--model", "NAME", "Preset, or path of a config.json. Default: qwen3-tiny on CPU, qwen3-8b on CUDA.")
 TARGET = _text(_WHAT, "--target", "NAME", "prefill (time to first token), layer or attention. Default: prefill.")
-LAYERS = _text(_WHAT, "--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU, 4 on CUDA.")
-DTYPE = _text(_WHAT, "--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
-SEED = _text(_WHAT, "--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
-THREADS = _text(_WHAT, "--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 SET = _axis("--set", "A.B=C", "Any field of a scenario, for example timing.precision=1%; may be repeated.")
+PAIR = _flag(_WHAT, "--pair", "Pair lists that have several values instead of crossing them.", hidden=True)
+PARTITION = _rare("--partition", "NAME", "Which tokens a rank holds (cpbench list partitions). Default: what the strategy prefers.")
+CHUNK = _rare("--chunk", "TOKENS", "Prefill in chunks of so many new tokens of each sequence. Default: all at once.")
+LAYERS = _rare("--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU, 4 on CUDA.")
+DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
+SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
+THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
 BUDGET = _text(_LONG, "--budget", "TIME", "Skip cells that do not fit into it: 20m. Default: no limit.")
-CELL_TIMEOUT = _text(_LONG, "--cell-timeout", "TIME", "End a cell that takes longer in one round. Default: 10m.")
+CELL_TIMEOUT = _rare("--cell-timeout", "TIME", "End a cell that takes longer in one round. Default: 10m.")
 RESUME = _flag(_CONTINUE, "--resume", "Continue the newest unfinished result, or the one named by -o.")
-RETRY = _text(_CONTINUE, "--retry", "STATUSES", "What is run again: oom,timeout,crash,... Default: interrupted.")
-FORCE = _flag(_CONTINUE, "--force", "Continue although the machine or the software has changed.")
+RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,crash,... Default: interrupted.")
+FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
+MORE = (
+    "Also: --pair (lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --dtype NAME, --seed N, --threads N, "
+    "--cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
+)
+_VERIFY = "What to verify"
+VERIFY_STRATEGY = Annotated[
+    list[str] | None, _option(_VERIFY, "--strategy", "NAMES", "Context-parallel algorithms (cpbench list), u4r2, or all. Default: all.")
+]
+VERIFY_CP = Annotated[list[str] | None, _option(_VERIFY, "--cp", "DEGREES", "Context-parallel degrees. Default: 2,3,4,8, and 1 for comparison.")]
+VERIFY_TP = Annotated[list[str] | None, _option(_VERIFY, "--tp", "DEGREES", "Tensor-parallel degrees. Default: 1, and 2 with cp 1 and 4.")]
+VERIFY_LENGTHS = Annotated[
+    list[str] | None, _option(_VERIFY, "--lengths", "LENGTHS", "One batch instead of the grid's, the new tokens of each sequence: 101,67,130.")
+]
+VERIFY_PREFIX = Annotated[list[str] | None, _option(_VERIFY, "--prefix", "LENGTHS", "Cached tokens of each sequence of --lengths. Default: 0.")]
+VERIFY_CHUNK = _text(_VERIFY, "--chunk", "TOKENS", "Prefill every batch in chunks of so many new tokens. Default: one batch of the grid.")
+VERIFY_MODEL = _text(_VERIFY, "--model", "NAME", "The heads of a preset or config.json, reduced in width. Default: 8 query and 2 kv heads.")
+VERIFY_DTYPE = _text(_VERIFY, "--dtype", "NAME", "Default: float32 and bfloat16.")
+VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the random batches of --deep. Default: 0.")
+VERIFY_SET = Annotated[list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups.")]
+DEEP = _flag(_VERIFY, "--deep", "The long grid: more degrees, heads, batches, dtypes and page sizes. Minutes.")
 OUTPUT = _path(_OUTPUT, "--output -o", "The result file. Default: results/NAME-TIME.json.")
 DRY_RUN = _flag(_OUTPUT, "--dry-run", "Show cells, reasons and estimates; run nothing.")
 JSON = _flag(_OUTPUT, "--json", "Print JSON instead of a table.")

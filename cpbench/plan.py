@@ -7,28 +7,30 @@ Nothing is started here and torch is imported only to ask a kernel that was name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from cpbench.axes import BASELINE, GROUPED, cells_of, runs_as
+from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
-from cpbench.formulas import flops, live_bytes
+from cpbench.formulas import cached_tokens, flops, live_bytes
 from cpbench.kernels import load_kernel
-from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import load_config
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
 from cpbench.strategies import STRATEGIES
+from cpbench.strategies.usp import hybrid_degrees
 
-BASELINE = "none"
 # Operations per second that a core or a GPU reaches in a prefill, for estimates before anything was measured.
 CPU_RATE = {"float32": 8e10, "bfloat16": 6e10, "float16": 4e10, "float64": 4e10}
 CUDA_RATE = {"float32": 4e13, "bfloat16": 4e14, "float16": 4e14, "float64": 3e13}
 GROUP_SECONDS = 7.0  # processes of a world size: start, process groups, end
 CELL_SECONDS = 1.0  # numerics on the small input, model, records
+MAX_STEPS = 8  # chunks whose memory is estimated one by one
 UNTIMED_PASSES = 2  # memory, first call
 
 
@@ -83,47 +85,27 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
     plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device)
-    unique = {cell.id: cell for cell in _cross_product(scenario, config)}
+    _require_partition(scenario)
+    unique = {cell.id: cell for cell in cells_of(scenario, config)}
     ordered = sorted(unique.values(), key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
     planned = [_planned(cell, machine, plan, scenario.timing) for cell in ordered]
     _refuse_impossible(scenario, planned)
     return Plan(tuple(planned), plan.rounds, plan.cores, plan.threads, device)
 
 
-def _cross_product(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
-    """seq x batch x cp x tp x strategies; with cp=1 there is one strategy, `none`."""
-    degrees = scenario.cp or [1]
-    degrees = [1, *degrees] if scenario.baseline else degrees
-    for seq in scenario.seq or []:
-        for batch in scenario.batch or [1]:
-            for cp in degrees:
-                for tp in scenario.tp or [1]:
-                    for strategy in scenario.strategies or [] if cp > 1 else [BASELINE]:
-                        partition = scenario.partition if scenario.partition and cp > 1 else STRATEGIES[strategy].partitions[0]
-                        yield Cell(
-                            target=scenario.target,
-                            config=config,
-                            layers=scenario.layers or 1,
-                            layout=Layout(cp=cp, tp=tp),
-                            strategy=strategy,
-                            partition=partition,
-                            kernel=scenario.kernel,
-                            dtype=scenario.dtype or "float32",
-                            device=scenario.device,
-                            lengths=(seq,) * batch,
-                            seed=scenario.seed,
-                            kv_cache=scenario.kv_cache,
-                        )
-
-
 def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> PlannedCell:
-    reason = _tensor_parallel_reason(cell) or STRATEGIES[cell.strategy].check(cell)
+    reason = unsupported(cell)
     if reason:
         return PlannedCell(cell, "unsupported", reason, 0.0, 0)
     seconds, memory = _seconds(cell, plan, timing), _live_bytes(cell)
     if cell.device == "cuda" and cell.world_size > machine.devices:
         return PlannedCell(cell, "skipped", f"needs {cell.world_size} GPUs, this machine has {machine.devices}", seconds, memory)
     return PlannedCell(cell, None, None, seconds, memory)
+
+
+def unsupported(cell: Cell) -> str | None:
+    """Why a cell can run on no machine, with the nearest valid value; None if it can."""
+    return _tensor_parallel_reason(cell) or STRATEGIES[cell.strategy].check(cell) or _memory_reason(cell)
 
 
 def _tensor_parallel_reason(cell: Cell) -> str | None:
@@ -153,6 +135,24 @@ def _undivided(cell: Cell, tp: int) -> str | None:
     return None
 
 
+def _memory_reason(cell: Cell) -> str | None:
+    """Why the batch cannot be prefilled as asked: chunks too short for the ranks, or a cache that is too small for it."""
+    cp = cell.layout.cp
+    if cell.chunk and cp > 1 and cell.chunk < 2 * cp:
+        return f"a chunk of {cell.chunk} tokens is shorter than 2*cp = {2 * cp}; the nearest valid value is chunk={2 * cp}"
+    if cell.cache_tokens is None:
+        return None
+    size = cell.tokens_per_page
+    needed = size * max(sum(-(-tokens // size) for tokens in cached_tokens(cell, rank)) for rank in range(cp))
+    if needed <= -(-cell.cache_tokens // size) * size:
+        return None
+    near = f"the nearest valid value is cache_tokens={needed}"
+    longest = max(cell.prefixes)
+    if longest > cell.cache_tokens:
+        return f"a prefix of {longest:,} tokens is longer than the cache of {cell.cache_tokens:,}: a rank needs {needed:,} in pages of {size}; {near}"
+    return f"the batch needs {needed:,} tokens of cache on a rank, in pages of {size}, more than cache_tokens = {cell.cache_tokens:,}; {near}"
+
+
 def pass_seconds(cell: Cell, plan: Plan) -> float:
     """Estimated seconds of one pass: the operations of all ranks over what the devices in use reach together."""
     if cell.device == "cuda":
@@ -174,8 +174,16 @@ def _seconds(cell: Cell, plan: Plan, timing: Timing) -> float:
 
 def _live_bytes(cell: Cell) -> int:
     """The largest peak of a rank. Tensor-parallel ranks hold the same; first, middle and last CP rank bound the others."""
-    last = cell.layout.cp - 1
-    return max(live_bytes(cell, cell.layout.rank_of(cp=rank)) for rank in {0, last // 2, last})
+    last, steps = cell.layout.cp - 1, _largest_steps(cell)
+    return max(live_bytes(cell, cell.layout.rank_of(cp=rank), steps) for rank in {0, last // 2, last})
+
+
+def _largest_steps(cell: Cell) -> list[Cell]:
+    """Of many chunks those that can need most: the first, and the last one of each sequence with the one before it, which may be longer."""
+    if len(cell.steps) <= MAX_STEPS:
+        return list(cell.steps)
+    ends = [sum(1 for step in cell.steps if step.lengths[sequence]) for sequence in range(len(cell.lengths))]
+    return [cell.steps[index] for index in sorted({0, *(max(0, end - back) for end in ends for back in (1, 2))})]
 
 
 def _require_kernel(scenario: Scenario, config: ModelConfig) -> None:
@@ -185,20 +193,52 @@ def _require_kernel(scenario: Scenario, config: ModelConfig) -> None:
         raise CpbenchError(f"Kernel {scenario.kernel!r} cannot run here: {reason}.", "Use --set kernel=auto, or see cpbench list kernels.")
 
 
+def _require_partition(scenario: Scenario) -> None:
+    """Raise where no strategy can use the partition that was asked for; where some can, the others are rows without a result."""
+    names = ["usp" if hybrid_degrees(name) else name for name in scenario.strategies or []]
+    partition = scenario.partition
+    if partition is None or scenario.cp == [1] or any(partition in STRATEGIES[name].partitions for name in names):
+        return
+    able = ", ".join(name for name, strategy in STRATEGIES.items() if partition in strategy.partitions and name != BASELINE)
+    nearest = f"Use --partition {STRATEGIES[names[0]].partitions[0]}"
+    raise CpbenchError(f"{', '.join(names)} cannot use the {partition} partition.", f"{nearest}, or a strategy that can: {able}." if able else f"{nearest}.")
+
+
 def _refuse_impossible(scenario: Scenario, planned: list[PlannedCell]) -> None:
     """Raise for a requested value of an axis with which every cell is unsupported; a baseline that was added counts for nothing."""
     cp = scenario.cp or [1]
-    strategies = scenario.strategies if cp != [1] and scenario.strategies != COMMON_DEFAULTS["strategies"] else []
     asked = [p for p in planned if p.cell.layout.cp in cp]
-    axes: list[tuple[str, list[int] | list[str], Callable[[Cell], object]]] = [
-        ("strategy", strategies or [], lambda cell: cell.strategy),
-        ("tp", [tp for tp in scenario.tp or [] if tp > 1], lambda cell: cell.layout.tp),
-        ("cp", cp, lambda cell: cell.layout.cp),
-        ("seq", scenario.seq or [], lambda cell: cell.lengths[0]),
-    ]
-    for axis, values, of in axes:
-        for value in values:
-            cells = [p for p in asked if of(p.cell) == value]
-            if cells and all(p.status == "unsupported" for p in cells):
-                what, _, nearest = (cells[0].reason or "").partition("; ")
-                raise CpbenchError(f"{axis}={value} cannot run: {what}.", nearest[:1].upper() + nearest[1:] + "." if nearest else "")
+    if scenario.head_groups > 1 and not any(p.cell.strategy == GROUPED for p in asked):
+        raise CpbenchError(f"head_groups is for {GROUPED}, which is not among the strategies.", f"Add --strategy {GROUPED}, or leave head_groups out.")
+    if all(_memory_reason(p.cell) for p in asked if p.status == "unsupported") and all(p.status == "unsupported" for p in asked):
+        raise _impossible("", asked[0].reason or "")
+    for name, cells in _requested(scenario, asked):
+        if cells and all(p.status == "unsupported" for p in cells):
+            raise _impossible(f"{name} cannot run: ", cells[0].reason or "")
+
+
+def _requested(scenario: Scenario, planned: list[PlannedCell]) -> Iterator[tuple[str, list[PlannedCell]]]:
+    """Every value that was asked for by name, and the cells that have it. Strategies that nobody named may fail to run."""
+    cp, strategies = scenario.cp or [1], scenario.strategies or []
+    every = {name for name in STRATEGIES if name != BASELINE}
+    implied = set(COMMON_DEFAULTS["strategies"]) if strategies == COMMON_DEFAULTS["strategies"] else every if every <= set(strategies) else set()
+    for name in strategies if cp != [1] else []:
+        if name not in implied:
+            able = [p for p in planned if p.cell.partition in STRATEGIES[p.cell.strategy].partitions]
+            yield f"strategy={name}", [p for p in able if runs_as(name, p.cell)]
+    for tp in scenario.tp or []:
+        if tp > 1:
+            yield f"tp={tp}", [p for p in planned if p.cell.layout.tp == tp]
+    for degree in cp:
+        yield f"cp={degree}", [p for p in planned if p.cell.layout.cp == degree]
+    for batch in [fields.batch for fields in scenario.batches or []]:
+        yield f"lengths={batch.label}", [p for p in planned if Batch(p.cell.lengths, p.cell.prefixes) == batch]
+    for seq in scenario.seq or []:
+        yield f"seq={seq}", [p for p in planned if p.cell.lengths[0] == seq]
+
+
+def _impossible(what: str, reason: str) -> CpbenchError:
+    """A reason with the nearest valid value behind a semicolon as the error of the whole sweep."""
+    text, _, nearest = reason.partition("; ")
+    text = what + text if what else text[:1].upper() + text[1:]
+    return CpbenchError(f"{text}.", nearest[:1].upper() + nearest[1:] + "." if nearest else "")

@@ -9,67 +9,29 @@ from __future__ import annotations
 
 import copy
 import re
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cpbench.batch import Batch
+from cpbench.cell import PAGE_SIZE
 from cpbench.errors import CpbenchError, unknown
-from cpbench.layout import MAX_RANKS
-from cpbench.units import format_count, format_seconds, parse_count, parse_fraction, parse_seconds
+from cpbench.fields import LIST, MAX_BATCH, BatchSize, Cached, Degree, Ratio, Seconds, Tokens, Whole, group_of_fields, readable, refuse
+from cpbench.units import format_count, format_seconds
 
 if TYPE_CHECKING:
     from cpbench.environment import Machine
 
 DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"model": "qwen3-tiny", "layers": 1, "dtype": "float32"},
-    "cuda": {"model": "qwen3-8b", "layers": 4, "dtype": "bfloat16"},
+    "cuda": {"model": "qwen3-8b", "layers": 4, "dtype": "bfloat16", "page_size": 256},  # as a server's cache; flash kernels read such pages in place
 }
-COMMON_DEFAULTS: dict[str, Any] = {"seq": [36 * 1024], "batch": [1], "cp": [1], "tp": [1], "strategies": ["allgather", "ring", "ulysses"]}
-MAX_BATCH = 4096
-
-
-def _through(parse: Callable[[Any], Any]) -> BeforeValidator:
-    """Use a parser of units.py as a validator, keeping its hint."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            return value  # pydantic names the type
-        try:
-            return parse(value)
-        except CpbenchError as error:
-            raise PydanticCustomError("cpbench", "{message}", {"message": error.message, "hint": error.hint}) from error
-
-    return BeforeValidator(convert)
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("cpbench", "{message}", {"message": f"{value} is not a whole number.", "hint": "Write a number."})
-    return value
-
-
-def _as_list(value: Any) -> Any:
-    """`2,4` and `2` are lists too."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int | float) else value
-
-
-def _or_text(kind: str) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [{"type": kind}, {"type": "string"}]})
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Tokens = Annotated[int, BeforeValidator(_no_bool), _through(parse_count), Field(ge=1), _or_text("integer")]
-Seconds = Annotated[float, BeforeValidator(_no_bool), _through(parse_seconds), Field(gt=0), _or_text("number")]
-Ratio = Annotated[float, BeforeValidator(_no_bool), _through(parse_fraction), Field(gt=0, lt=1), _or_text("number")]
-Degree = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_RANKS)]
-Batch = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_BATCH)]
-LIST = BeforeValidator(_as_list)
+BATCH_DEFAULTS: dict[str, Any] = {"seq": [36 * 1024], "batch": [1], "prefix": [0]}
+COMMON_DEFAULTS: dict[str, Any] = {"cp": [1], "tp": [1], "strategies": ["allgather", "ring", "ulysses"]}
+NO_NOTE = ("batch", "prefix", "tp", "seq", "layers")  # defaults that go without saying, or that are said in other words
+AXES = ("seq", "batch", "prefix", "batches", "cp", "tp")  # lists that are crossed or paired
+EVERY_STRATEGY = "all"
 
 
 class _Model(BaseModel):
@@ -87,8 +49,7 @@ class Timing(_Model):
     @model_validator(mode="after")
     def _ordered(self) -> Timing:
         if self.max_samples < self.min_samples:
-            message = f"max_samples = {self.max_samples} is below min_samples = {self.min_samples}."
-            raise PydanticCustomError("cpbench", "{message}", {"message": message, "hint": f"Set max_samples to at least {self.min_samples}."})
+            refuse(f"max_samples = {self.max_samples} is below min_samples = {self.min_samples}.", f"Set max_samples to at least {self.min_samples}.")
         return self
 
 
@@ -100,8 +61,30 @@ class Limits(_Model):
     start_timeout: Seconds = Field(120.0, description="time for the processes of a world size to come up")
 
 
+class BatchFields(_Model):
+    """One batch: the new and the cached tokens of each sequence."""
+
+    lengths: Annotated[list[Tokens], LIST] = Field(min_length=1, max_length=MAX_BATCH, description="new tokens of each sequence")
+    prefixes: Annotated[list[Cached], LIST] = Field([0], min_length=1, description="cached tokens of each sequence, or one number for all")
+
+    @model_validator(mode="after")
+    def _pairs_up(self) -> BatchFields:
+        if len(self.prefixes) == 1:
+            self.prefixes = self.prefixes * len(self.lengths)
+        sequences, prefixes = len(self.lengths), len(self.prefixes)
+        if sequences != prefixes:
+            nearest = [format_count(prefix) for prefix in [*self.prefixes, *[0] * sequences][:sequences]]
+            hint = f"Give each sequence its own, for example {','.join(nearest)}, or one number for all."
+            refuse(f"{sequences} {'length' if sequences == 1 else 'lengths'} and {prefixes} prefixes do not pair up.", hint)
+        return self
+
+    @property
+    def batch(self) -> Batch:
+        return Batch(tuple(self.lengths), tuple(self.prefixes))
+
+
 class Scenario(_Model):
-    """A sweep: the axes seq x batch x cp x tp x strategies, and what holds for all its cells. A field left out gets a default."""
+    """A sweep: the axes seq x batch x prefix (or batches) x cp x tp x strategies, and what holds for all cells. A field left out gets a default."""
 
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="names the result file")
     target: Literal["prefill", "layer", "attention"] = Field("prefill", description="prefill: time to first token; layer: one decoder layer; attention alone")
@@ -109,20 +92,40 @@ class Scenario(_Model):
     layers: Whole | None = Field(None, ge=1, description="decoder layers to run, at most those of the model")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    seq: Annotated[list[Tokens], LIST] | None = Field(None, min_length=1, description="tokens per sequence: 36k = 36864")
-    batch: Annotated[list[Batch], LIST] | None = Field(None, min_length=1, description="sequences per batch")
+    seq: Annotated[list[Tokens], LIST] | None = Field(None, min_length=1, description="new tokens per sequence: 36k = 36864")
+    batch: Annotated[list[BatchSize], LIST] | None = Field(None, min_length=1, description="sequences per batch")
+    prefix: Annotated[list[Cached], LIST] | None = Field(None, min_length=1, description="cached tokens before the new ones of every sequence")
+    batches: list[BatchFields] | None = Field(None, min_length=1, description="batches one by one, instead of seq, batch and prefix")
     cp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="context-parallel degrees")
     tp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="tensor-parallel degrees")
-    strategies: Annotated[list[str], LIST] | None = Field(None, min_length=1, description="context-parallel algorithms (cpbench list strategies)")
+    strategies: Annotated[list[str], LIST] | None = Field(None, min_length=1, description="context-parallel algorithms (cpbench list strategies), u4r2, or all")
+    pair: bool = Field(False, description="pair the lists of seq, batch, prefix, batches, cp and tp that have several values, instead of crossing them")
     partition: str | None = Field(None, description="which tokens a rank holds (cpbench list partitions); null: what each strategy prefers")
     kernel: str = Field("auto", description="attention on one device (cpbench list kernels)")
     baseline: bool = Field(True, description="also measure cp=1, from which speed-up and efficiency are computed")
     kv_cache: Literal["keep", "drop"] = Field("keep", description="keep every layer's K and V as a server does, or drop them")
+    chunk: Tokens | None = Field(None, description="prefill in chunks of so many new tokens of each sequence")
+    page_size: Tokens | None = Field(None, description="tokens per page of the K/V cache; null: 256 on CUDA, on CPU no pages unless something is cached")
+    cache_tokens: Tokens | None = Field(None, description="capacity of the paged K/V cache of a rank in tokens; null: what the batch needs")
+    head_groups: Whole = Field(1, ge=1, description="allgather: collectives per layer, each for a group of kv heads that hides behind the one before")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")
     timing: Timing = Field(default_factory=Timing)
     limits: Limits = Field(default_factory=Limits)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Scenario:
+        clash = next((name for name in BATCH_DEFAULTS if getattr(self, name) is not None), None)
+        if self.batches and clash:
+            refuse(f"{clash} and batches (--lengths) both describe batches.", f"Leave {clash} out, or use seq, batch and prefix alone.")
+        several = {name: len(values) for name in AXES if (values := getattr(self, name)) and len(values) > 1}
+        if self.pair and len(set(several.values())) > 1:
+            sizes = ", ".join(f"{name} has {size} values" for name, size in several.items())
+            refuse(f"Lists of different lengths do not pair up: {sizes}.", f"Give each {max(several.values())} values, or one that holds for all.")
+        if self.chunk and self.kv_cache == "drop":
+            refuse("chunk needs the K/V cache: each chunk reads what the ones before it left.", "Set kv_cache=keep, or leave chunk out.")
+        return self
 
 
 def parse_scenario(data: dict[str, Any]) -> Scenario:
@@ -130,7 +133,7 @@ def parse_scenario(data: dict[str, Any]) -> Scenario:
     try:
         return Scenario.model_validate(data)
     except ValidationError as error:
-        raise _readable(error.errors()[0]) from error
+        raise readable(error.errors()[0], Scenario) from error
 
 
 def load_scenario(path: str | Path) -> Scenario:
@@ -147,6 +150,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {"name": stem[:80] or "sweep", **data}
 
 
+def without_other_batches(data: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What a file says, without the batches that flags replace by batches of the other kind."""
+    replaced = list(BATCH_DEFAULTS) if "batches" in flags else ["batches"] if "seq" in flags else []
+    return {name: value for name, value in data.items() if name not in replaced}
+
+
 def override(data: dict[str, Any], setting: str) -> dict[str, Any]:
     """A copy of a scenario mapping with one `a.b=value` applied; the value is YAML. Raises CpbenchError for a field that does not exist."""
     from cpbench.yaml_input import parse_value
@@ -161,7 +170,7 @@ def override(data: dict[str, Any], setting: str) -> dict[str, Any]:
             raise CpbenchError(f"{'.'.join(names[:depth])} has no fields.", f"Set it directly: {'.'.join(names[:depth])}=VALUE.")
         if name not in model.model_fields:
             raise unknown("scenario field", ".".join(names[: depth + 1]), [".".join([*names[:depth], field]) for field in model.model_fields])
-        model = _submodel(model, name)
+        model = group_of_fields(model, name)
     if model is not None:
         raise CpbenchError(f"{path} is a group of fields.", f"Set one of them: {', '.join(f'{path}.{field}' for field in model.model_fields)}.")
     changed = copy.deepcopy(data)
@@ -186,16 +195,18 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
         raise CpbenchError("This machine has no CUDA device that PyTorch can use.", "Use --set device=cpu, or see cpbench doctor.")
     filled: dict[str, Any] = {"device": device}
     notes = [] if scenario.device == device else [f"device {device}"]
-    for field, default in {**DEVICE_DEFAULTS[device], **COMMON_DEFAULTS}.items():
+    for field, default in {**DEVICE_DEFAULTS[device], **({} if scenario.batches else BATCH_DEFAULTS), **COMMON_DEFAULTS}.items():
         if getattr(scenario, field) is None:
             filled[field] = copy.copy(default)
-            if field not in ("batch", "tp", "seq", "layers"):
+            if field not in NO_NOTE:
                 shown = ", ".join(map(str, default)) if isinstance(default, list) else default
                 notes.append(f"{field} {shown} (default on {device})" if field in DEVICE_DEFAULTS[device] else f"{field} {shown} (default)")
     result = scenario.model_copy(update=filled)
     _check_names(result)
+    _expand_strategies(result, notes)
     _fit_layers(result, scenario.layers, notes)
-    notes += [_echo_length(length, scenario.seq is None) for length in result.seq or []]
+    _fit_pages(result, notes)
+    notes += _echo_sizes(result, default=scenario.seq is None)
     if result.baseline and result.cp and 1 not in result.cp:
         notes.append("cp=1 added as the baseline")
     timing = result.timing
@@ -210,10 +221,15 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Scenario.model_json_schema(), "title": "cpbench scenario"}
 
 
-def _echo_length(length: int, default: bool) -> str:
-    short = format_count(length)
-    exact = f"seq {length:,} tokens" if short == str(length) else f"seq {short} = {length:,} tokens"
-    return f"{exact} (default)" if default else exact
+def _echo_sizes(scenario: Scenario, *, default: bool) -> list[str]:
+    """Every length as an exact number."""
+    notes = [f"seq {Batch((length,)).exact}{' (default)' if default else ''}" for length in scenario.seq or []]
+    if scenario.batch and scenario.batch != [1]:
+        notes.append(f"batch {', '.join(map(str, scenario.batch))} sequences")
+    notes += [f"prefix {format_count(prefix)} = {prefix:,} cached tokens per sequence" for prefix in scenario.prefix or [] if prefix]
+    for batch in [fields.batch for fields in scenario.batches or []]:
+        notes.append(f"batch of {len(batch.lengths)}: {batch.exact}")
+    return notes + ([f"chunk {Batch((scenario.chunk,)).exact} of each sequence"] if scenario.chunk else [])
 
 
 def _check_names(scenario: Scenario) -> None:
@@ -221,15 +237,34 @@ def _check_names(scenario: Scenario) -> None:
     from cpbench.models.presets import load_config
     from cpbench.partition import PARTITIONS
     from cpbench.strategies import STRATEGIES
+    from cpbench.strategies.usp import hybrid_degrees
 
     load_config(scenario.model or "")
     for name in scenario.strategies or []:
-        if name not in STRATEGIES:
-            raise unknown("strategy", name, STRATEGIES)
+        if name not in (*STRATEGIES, EVERY_STRATEGY) and hybrid_degrees(name) is None:
+            raise unknown("strategy", name, [*STRATEGIES, EVERY_STRATEGY, "u4r2"])
     if scenario.partition is not None and scenario.partition not in PARTITIONS:
         raise unknown("partition", scenario.partition, PARTITIONS)
     if scenario.kernel != "auto" and scenario.kernel not in KERNELS:
         raise unknown("kernel", scenario.kernel, [*KERNELS, "auto"])
+
+
+def _expand_strategies(scenario: Scenario, notes: list[str]) -> None:
+    """`all` is every algorithm. Changes `scenario.strategies` and `notes`."""
+    from cpbench.strategies import STRATEGIES
+
+    asked = scenario.strategies or []
+    if EVERY_STRATEGY in asked:
+        every = [name for name in STRATEGIES if name != "none"]
+        scenario.strategies = list(dict.fromkeys(name for entry in asked for name in (every if entry == EVERY_STRATEGY else [entry])))
+        notes.append(f"strategies {', '.join(scenario.strategies)}")
+
+
+def _fit_pages(scenario: Scenario, notes: list[str]) -> None:
+    """A cache with a capacity is one of pages. Changes `scenario.page_size` and `notes`."""
+    if scenario.cache_tokens and scenario.page_size is None:
+        scenario.page_size = PAGE_SIZE
+        notes.append(f"page_size {PAGE_SIZE} (default of a cache with cache_tokens)")
 
 
 def _fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None:
@@ -247,43 +282,6 @@ def _fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None
         notes.append(f"layers {scenario.layers} of {config.layers} (default on {scenario.device})")
     elif asked > config.layers:
         raise CpbenchError(f"{config.name} has {config.layers} layers, not {asked}.", f"The nearest valid value is --layers {config.layers}.")
-
-
-def _submodel(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The group of fields behind a field, if it is one."""
-    kind = model.model_fields[name].annotation
-    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-
-
-def _readable(error: ErrorDetails) -> CpbenchError:
-    """pydantic's first complaint as one sentence and the nearest valid value."""
-    names = [str(part) for part in error["loc"] if isinstance(part, str)]
-    where = ".".join(names) or "scenario"
-    context = error.get("ctx", {})
-    value = str(error["input"])[:40]
-    if error["type"] == "extra_forbidden":
-        model: type[BaseModel] = Scenario
-        for name in names[:-1]:
-            model = _submodel(model, name) or model
-        return unknown("scenario field", where, [".".join([*names[:-1], field]) for field in model.model_fields])
-    if error["type"] == "literal_error":
-        return unknown(where, value, re.findall(r"'([^']*)'", str(context["expected"])))
-    if error["type"] == "cpbench":
-        return CpbenchError(f"{where}: {context['message']}", str(context["hint"]))
-    if error["type"] == "too_short":
-        return CpbenchError(f"{where}: the list is empty.", "Give at least one value, or leave the field out.")
-    if error["type"] == "string_pattern_mismatch":
-        return CpbenchError(f"{where}: {value!r} is not a file name.", "Use letters, digits, dots, hyphens and underscores, at most 80.")
-    for bound, words in (("ge", "at least"), ("le", "at most"), ("gt", "more than"), ("lt", "less than")):
-        if bound in context:
-            hint = f"The nearest valid value is {context[bound]}." if bound in ("ge", "le") else f"It must be {words} {context[bound]}."
-            return CpbenchError(f"{where}: {value} is not possible: it must be {words} {context[bound]}.", hint)
-    kind = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list", "string": "text", "model": "a group of fields"}
-    for prefix, words in kind.items():
-        if error["type"].startswith(prefix) and error["type"].endswith(("_type", "_parsing", "_from_float")):
-            return CpbenchError(f"{where}: {value!r} is not {words}.", f"Write {words}.")
-    return CpbenchError(f"{where}: {value!r} is not valid: {error['msg']}.", "See scenarios/README.md for the fields.")
 
 
 if __name__ == "__main__":

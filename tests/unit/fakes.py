@@ -32,6 +32,8 @@ def record(seconds: float = 1.0, **changes: Any) -> dict[str, Any]:
         "flops_per_rank": 1e12,
         "kernel": "cpu_flash",
         "tokens_per_rank": 128,
+        "cp_active": True,
+        "cp_off_reason": None,
         "threads_per_rank": 1,
         "oversubscribed": False,
         "memory": {"rank": 0, "peak_live_bytes": 1000},

@@ -12,6 +12,7 @@ import pytest
 
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
+from cpbench.formulas import flops, flops_of_rank, live_bytes
 from cpbench.plan import Plan, make_plan, pass_seconds, timed_passes
 from cpbench.scenario import Timing, parse_scenario, resolve
 
@@ -62,8 +63,34 @@ def test_some_invalid_cells_stay_as_rows_with_a_reason() -> None:
     invalid = [planned for planned in made.cells if planned.status]
     assert [(p.cell.label, p.status) for p in invalid] == [("cp3 ulysses 2k", "unsupported")]
     assert "nearest degree is cp=2" in (invalid[0].reason or "")
-    short = plan(seq="8,2k", cp="2,8", strategies="ring")
-    assert [p.cell.label for p in short.cells if p.status == "unsupported"] == ["cp8 ring 8"]
+    mixed = plan(cp="2,8", strategies="ring,ulysses-gather", partition="replicated")
+    assert {(p.cell.strategy, p.status) for p in mixed.cells if p.cell.layout.cp > 1} == {("ring", "unsupported"), ("ulysses-gather", None)}
+    assert "ring cannot use the replicated partition; use zigzag" in {p.reason for p in mixed.cells}
+    stopped = {p.cell.strategy for p in plan(cp="3", strategies="all").cells if p.status}  # nobody named them
+    assert {"ulysses", "ulysses-gather"} <= stopped and not {"none", "allgather", "ring", "usp", "pass-q"} & stopped
+
+
+def test_a_batch_that_is_too_short_is_planned_and_says_so() -> None:
+    made = plan(seq="8,2k", cp="2,8", strategies="ring")
+    assert all(p.status is None for p in made.cells)
+    assert {p.cell.label: p.cell.cp_off for p in made.cells if p.cell.cp_off} == {
+        "cp8 ring 8": "context parallelism is off: a sequence of 8 new tokens is shorter than 2*cp = 16"
+    }
+
+
+def test_a_small_cache_stops_those_that_need_more_of_it() -> None:
+    made = plan(seq="2k", prefix="8k", cp="2", cache_tokens="8k")
+    assert [(p.cell.strategy, p.status) for p in made.cells] == [
+        ("none", "unsupported"),
+        ("allgather", "unsupported"),
+        ("ring", None),
+        ("ulysses", "unsupported"),
+    ]
+    assert made.cells[0].reason == (
+        "the batch needs 10,240 tokens of cache on a rank, in pages of 64, more than cache_tokens = 8,192; the nearest valid value is cache_tokens=10240"
+    )
+    assert all(p.status is None for p in plan(seq="2k", prefix="8k", cp="2", cache_tokens="10k").cells)
+    assert [p.cell.paged for p in plan(cp="2", cache_tokens="10k").cells] == [True] * 4  # a capacity makes pages
 
 
 def test_a_default_strategy_that_cannot_run_is_not_the_users_mistake() -> None:
@@ -75,8 +102,16 @@ def test_a_default_strategy_that_cannot_run_is_not_the_users_mistake() -> None:
     [
         ({"cp": "3", "strategies": "ulysses"}, "strategy=ulysses cannot run: 8 query heads", "The nearest degree is cp=2."),
         ({"cp": "3", "strategies": "ring,ulysses"}, "strategy=ulysses cannot run: 8 query heads", "The nearest degree is cp=2."),
-        ({"cp": "8", "seq": 8}, "cp=8 cannot run: a sequence of 8 tokens is shorter than 2*cp = 16.", "Use cp=4"),
-        ({"cp": "2", "seq": "2,2k", "strategies": "ring"}, "seq=2 cannot run: a sequence of 2 tokens is shorter than 2*cp = 4.", "at least 4"),
+        ({"cp": "8", "chunk": "15"}, "A chunk of 15 tokens is shorter than 2*cp = 16.", "The nearest valid value is chunk=16."),
+        ({"cp": "2,8", "chunk": "15"}, "cp=8 cannot run: a chunk of 15 tokens is shorter than 2*cp = 16.", "chunk=16"),
+        ({"prefix": "32k", "cache_tokens": "16k"}, "A prefix of 32,768 tokens is longer than the cache of 16,384: a rank needs 34,816", "cache_tokens=34816"),
+        ({"cp": "2", "seq": "2k,32k", "cache_tokens": "4k", "strategies": "ring"}, "seq=32768 cannot run: the batch needs 16,384 tokens", "cache_tokens="),
+        ({"cache_tokens": "1k", "page_size": 7}, "The batch needs 2,051 tokens of cache on a rank, in pages of 7,", "cache_tokens=2051"),
+        ({"cp": "2", "head_groups": 3, "strategies": "allgather"}, "strategy=allgather cannot run: 2 kv heads do not divide", "head_groups=2"),
+        ({"cp": "2", "head_groups": 2, "strategies": "ring"}, "head_groups is for allgather", "--strategy allgather"),
+        ({"cp": "6", "strategies": "u3r2"}, "strategy=u3r2 cannot run: 8 query heads", "The nearest degree is u=2."),
+        ({"cp": "2", "partition": "replicated"}, "allgather, ring, ulysses cannot use the replicated partition.", "--partition zigzag, or a strategy that can"),
+        ({"cp": "2", "strategies": "ulysses-gather", "partition": "zigzag"}, "ulysses-gather cannot use the zigzag partition.", "--partition replicated, or"),
         ({"tp": "3"}, "tp=3 cannot run: 8 query heads of qwen3-tiny do not divide over tp=3.", "The nearest degree is tp=2."),
         ({"tp": "7", "model": "qwen2.5-7b"}, "tp=7 cannot run: 4 kv heads of qwen2.5-7b", "The nearest degree is tp=4."),
         ({"cp": "2", "strategies": "none"}, "strategy=none cannot run: none is for cp1", "allgather"),
@@ -139,3 +174,24 @@ def test_planning_imports_no_torch() -> None:
 def test_an_unsupported_cell_is_not_skipped_for_lack_of_gpus() -> None:
     made = plan(replace(CUDA, devices=2), model="qwen3-tiny", layers=1, cp="2,3", strategies="ring,ulysses")
     assert {(p.cell.label, p.status) for p in made.cells if p.status} == {("cp3 ring 2k", "skipped"), ("cp3 ulysses 2k", "unsupported")}
+
+
+def test_all_operations_are_those_of_the_ranks() -> None:
+    made = [
+        plan(seq="300,5", batch="1,3", prefix="0,70", cp="2,8", tp="1,2", strategies="all"),
+        plan(seq="300", prefix="7", chunk="40", cp="2,4", strategies="all"),
+        plan(seq="300", target="attention", cp="4", tp="2", strategies="all"),
+        plan(seq="300", target="layer", cp="4", strategies="ring", partition="contiguous"),
+    ]
+    for cell in (planned.cell for one in made for planned in one.runnable):
+        assert flops(cell) == sum(flops_of_rank(cell, rank) for rank in range(cell.world_size)), cell.id
+
+
+def test_many_chunks_are_planned_quickly_and_their_memory_is_that_of_all_steps() -> None:
+    made = plan(seq=None, batches=[{"lengths": "20k,3k,50", "prefixes": "0,1k,7"}], cp="4", chunk="1k", strategies="ring,allgather,ulysses,usp,pass-q")
+    for planned in made.runnable:
+        ranks = {0, (planned.cell.layout.cp - 1) // 2, planned.cell.layout.cp - 1}
+        assert planned.live_bytes == max(live_bytes(planned.cell, rank) for rank in ranks), planned.cell.label
+    begin = time.perf_counter()
+    assert len(plan(seq="1M", cp="8", chunk="8k", strategies="ring,allgather,pass-q").cells[-1].cell.steps) == 128
+    assert time.perf_counter() - begin < 30.0  # about 1 s; the bound only catches plans that are made per step and rank

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.plan import make_plan
-from cpbench.scenario import Scenario, json_schema, load_scenario, override, parse_scenario, read_yaml, resolve
+from cpbench.scenario import Scenario, json_schema, load_scenario, override, parse_scenario, read_yaml, resolve, without_other_batches
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 CPU = Machine("cpu", 0, 2, 8 << 30, "a CPU")
@@ -62,6 +62,23 @@ def test_sizes_durations_and_lists_read_as_people_write_them() -> None:
         ({"name": "../x"}, "name: '../x' is not a file name.", "letters"),
         ({"strategies": [3]}, "strategies: '3' is not text.", "text"),
         ({"timing": 3}, "timing: '3' is not a group of fields.", "group"),
+        ({"seq": "0"}, "seq: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"seq": -3}, "seq: -3 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"prefix": "-1k"}, "prefix: '-1k' is not a length.", "whole number"),
+        ({"prefix": "0,-1"}, "prefix: -1 is not possible: it must be at least 0.", "nearest valid value is 0"),
+        ({"batches": [{"lengths": "0,5"}]}, "batches.lengths: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"batches": [{"lengths": "5,6,7", "prefixes": "1,2"}]}, "batches: 3 lengths and 2 prefixes do not pair up.", "for example 1,2,0"),
+        ({"batches": [{"lengths": "5", "prefixes": "1k,2"}]}, "batches: 1 length and 2 prefixes do not pair up.", "for example 1k,"),
+        ({"batches": [{"lengths": []}]}, "batches.lengths: the list is empty.", "at least one"),
+        ({"batches": [{"lengths": 1, "prefix": 3}]}, "Unknown scenario field 'batches.prefix'.", "Did you mean 'batches.prefixes'?"),
+        ({"batches": [{"prefixes": 3}]}, "batches.lengths is missing.", "value"),
+        ({"batches": []}, "batches: the list is empty.", "at least one"),
+        ({"batches": [{"lengths": "1"}], "seq": 1}, "seq and batches (--lengths) both describe batches.", "Leave seq out"),
+        ({"batches": [{"lengths": "1"}], "batch": 2}, "batch and batches (--lengths) both describe batches.", "Leave batch out"),
+        ({"seq": "1,2", "cp": "2,4,8", "pair": True}, "Lists of different lengths do not pair up: seq has 2 values, cp has 3 values.", "Give each 3 values"),
+        ({"chunk": "8k", "kv_cache": "drop"}, "chunk needs the K/V cache: each chunk reads what the ones before it left.", "kv_cache=keep"),
+        ({"page_size": 0}, "page_size: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"head_groups": 0}, "head_groups: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
     ],
 )
 def test_a_wrong_field_is_named_with_the_nearest_valid_value(data: dict[str, object], message: str, hint: str) -> None:
@@ -148,7 +165,28 @@ def test_cpu_defaults_are_filled_and_every_choice_is_a_note() -> None:
 def test_cuda_defaults() -> None:
     scenario, _ = resolve(Scenario(), CUDA)
     assert (scenario.device, scenario.model, scenario.layers, scenario.dtype) == ("cuda", "qwen3-8b", 4, "bfloat16")
-    assert scenario.cp == [1]
+    assert scenario.cp == [1] and scenario.page_size == 256
+
+
+def test_batches_read_as_people_write_them_and_are_echoed() -> None:
+    scenario, notes = resolve(parse_scenario({"batches": [{"lengths": "1003,517,36k", "prefixes": "32k"}], "chunk": "8k", "cp": 2}), CPU)
+    assert scenario.batches is not None and scenario.seq is scenario.batch is scenario.prefix is None
+    assert (scenario.batches[0].lengths, scenario.batches[0].prefixes) == ([1003, 517, 36864], [32768] * 3)
+    assert "batch of 3: 1003@32k+517@32k+36k@32k = 38,384 tokens behind 98,304 cached" in notes
+    assert "chunk 8k = 8,192 tokens of each sequence" in notes
+    assert "prefix 32k = 32,768 cached tokens per sequence" in resolve(parse_scenario({"prefix": "32k"}), CPU)[1]
+
+
+def test_flags_replace_the_batches_of_a_file() -> None:
+    assert without_other_batches({"seq": 1, "prefix": 2, "cp": 3}, {"batches": []}) == {"cp": 3}
+    assert without_other_batches({"batches": [], "cp": 3}, {"seq": "1k"}) == {"cp": 3}
+    assert without_other_batches({"seq": 1, "cp": 3}, {"cp": 4}) == {"seq": 1, "cp": 3}
+
+
+def test_all_strategies_are_named() -> None:
+    scenario, notes = resolve(parse_scenario({"strategies": "u2r1,all", "cp": 2}), CPU)
+    assert scenario.strategies is not None and scenario.strategies[:2] == ["u2r1", "allgather"] and "none" not in scenario.strategies
+    assert f"strategies {', '.join(scenario.strategies)}" in notes
 
 
 def test_what_was_asked_for_is_kept_and_is_no_note() -> None:
@@ -158,7 +196,10 @@ def test_what_was_asked_for_is_kept_and_is_no_note() -> None:
     assert notes == ["seq 100 tokens"]
 
 
-@pytest.mark.parametrize("data", [{}, {"target": "layer"}, {"seq": "8k", "cp": [2, 4], "rounds": 3}])
+BATCHES = {"batches": [{"lengths": [5, 6], "prefixes": 3}, {"lengths": "7"}], "strategies": "all", "cache_tokens": "1k"}
+
+
+@pytest.mark.parametrize("data", [{}, {"target": "layer"}, {"seq": "8k", "cp": [2, 4], "rounds": 3}, BATCHES])
 @pytest.mark.parametrize("machine", [CPU, CUDA])
 def test_resolving_twice_changes_nothing(data: dict[str, object], machine: Machine) -> None:
     once, _ = resolve(parse_scenario(data), machine)
