@@ -52,6 +52,8 @@ def _merged(cell: Cell, previous: CellResult | None, record: dict[str, Any]) -> 
         world_size=cell.world_size,
         tokens_per_rank=record.get("tokens_per_rank"),
         oversubscribed=record.get("oversubscribed", False),
+        cp_active=record.get("cp_active", True),
+        cp_off_reason=record.get("cp_off_reason"),
         threads_per_rank=record.get("threads_per_rank"),
         kernel=record.get("kernel"),
         metrics=metrics,
@@ -122,7 +124,7 @@ def token_reference(cell: Cell, finished: Iterable[tuple[Cell, CellResult]]) -> 
 
 
 def _same_answer(cell: Cell) -> tuple[object, ...]:
-    return cell.target, cell.config, cell.layers, cell.dtype, cell.device, cell.lengths, cell.seed
+    return cell.target, cell.config, cell.layers, cell.dtype, cell.device, cell.lengths, cell.prefixes, cell.seed
 
 
 def compare_tokens(cell: Cell, result: CellResult, reference: CellResult | None) -> CellResult:

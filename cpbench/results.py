@@ -100,6 +100,8 @@ class CellResult(_Model):
     world_size: int = 1
     tokens_per_rank: int | None = None
     oversubscribed: bool = False
+    cp_active: bool = Field(True, description="false where the batch was too short, so that every context-parallel rank computed all of it")
+    cp_off_reason: str | None = None
     threads_per_rank: int | None = None
     kernel: str | None = Field(None, description="the kernel that was dispatched")
     metrics: dict[str, Metric] = Field(default_factory=dict)

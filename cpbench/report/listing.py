@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from rich import box
 from rich.console import ConsoleRenderable
 from rich.table import Table
 
+from cpbench.batch import Batch
 from cpbench.cell import DTYPE_BYTES, Cell
 from cpbench.doctor import Finding
 from cpbench.environment import Machine, describe
@@ -22,59 +24,52 @@ from cpbench.models.presets import PRESETS
 from cpbench.partition import PARTITIONS
 from cpbench.plan import Plan, PlannedCell
 from cpbench.report.console import plain
-from cpbench.report.table import rough_seconds
+from cpbench.report.table import CP_OFF, rough_seconds
 from cpbench.scenario import DEVICE_DEFAULTS, Scenario
 from cpbench.strategies import STRATEGIES
-from cpbench.units import format_bytes, format_count
+from cpbench.units import format_bytes
 
 Justify = Literal["left", "right"]
+PLANNED: tuple[str | tuple[str, Justify], ...] = (("tokens\n/rank", "right"), ("est. time", "right"), ("est. mem\n/rank", "right"), "note")
 
 
 def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Machine) -> list[str]:
     """What is about to be measured, what the defaults chose, and how long it will take."""
     sizes = ", ".join(map(str, plan.world_sizes)) or "none"
-    total = "1 cell" if len(plan.cells) == 1 else f"{len(plan.cells)} cells"
+    total = _cells(len(plan.cells))
     cells = f"{len(plan.runnable)} of {total}" if len(plan.runnable) < len(plan.cells) else total
     rounds = f" x {plan.rounds} rounds" if plan.rounds > 1 else ""
     memory = max((planned.live_bytes for planned in plan.runnable), default=0)
     return [
         f"{scenario.target} of {scenario.model} on {scenario.device}: {describe(machine)}",
         *(f"  {note}" for note in notes),
+        *(f"  in {_cells(count)} {reason}" for reason, count in Counter(p.cell.cp_off for p in plan.runnable if p.cell.cp_off).items()),
         f"{cells}{rounds}, world sizes {sizes}: about {rough_seconds(plan.seconds)}, up to {format_bytes(memory)} per rank",
     ]
 
 
 def plan_view(plan: Plan, machine: Machine) -> list[ConsoleRenderable | str]:
-    """Every cell with estimates of its time and memory, and below why some will not run or may fail."""
-    table = _table(
-        ("#", "right"),
-        "layout",
-        "strategy",
-        "partition",
-        ("seq", "right"),
-        ("batch", "right"),
-        ("tokens\n/rank", "right"),
-        ("est. time", "right"),
-        ("est. mem\n/rank", "right"),
-        "note",
-    )
+    """Every cell with estimates of its time and memory, and below why some will not run or may fail. What all share is in the echo."""
+    batches = {Batch(planned.cell.lengths, planned.cell.prefixes) for planned in plan.cells}
+    varying: list[tuple[str, Justify]] = [("seq", "right")] if len({batch.exact for batch in batches}) > 1 else []
+    varying += [("batch", "right")] if len({len(batch.lengths) for batch in batches}) > 1 else []
+    table = _table(("#", "right"), "layout", "strategy", "partition", *varying, *PLANNED)
     reasons: dict[str, list[str]] = {}
     for number, planned in enumerate(plan.cells, 1):
         cell, runs = planned.cell, planned.status is None
-        note, reason = _note(planned, plan, machine)
-        if reason:
+        notes = _notes(planned, plan, machine)
+        for note, reason in notes:
             reasons.setdefault(f"{note}: {reason}", []).append(str(number))
         table.add_row(
             str(number),
             str(cell.layout),
-            cell.strategy,
+            cell.strategy + (f"/{cell.head_groups}" if cell.head_groups > 1 else ""),
             cell.partition,
-            format_count(max(cell.lengths)),
-            str(len(cell.lengths)),
-            f"{cell.split.max_rows:,}" if runs else "-",
+            *({"seq": Batch(cell.lengths, cell.prefixes).label, "batch": str(len(cell.lengths))}[column[0]] for column in varying),
+            f"{cell.max_rows:,}" if runs else "-",
             rough_seconds(planned.seconds) if runs else "-",
             format_bytes(planned.live_bytes) if runs else "-",
-            note,
+            ", ".join(note for note, _ in notes),
             style="" if runs else "dim",
         )
     return [table, *(f"{', '.join(numbers)}: {reason}" for reason, numbers in reasons.items())]
@@ -93,7 +88,10 @@ def strategies(machine: Machine) -> Table:
     table = _table("strategy", "partitions", "what it does", "here", title="Strategies: attention across context-parallel ranks")
     single_gpu = machine.device == "cuda" and machine.devices < 2
     for strategy in STRATEGIES.values():
-        here = "needs 2 GPUs, this machine has 1" if single_gpu and strategy.name != "none" else "yes"
+        reason = strategy.available(machine.device, str(DEVICE_DEFAULTS[machine.device]["dtype"]))
+        if single_gpu and strategy.name != "none":
+            reason = "needs 2 GPUs, this machine has 1"
+        here = f"no: {reason}" if reason else "yes"
         table.add_row(strategy.name, _default_first(strategy.partitions), strategy.summary, here)
     return table
 
@@ -151,18 +149,23 @@ def _table(*columns: str | tuple[str, Justify], title: str | None = None) -> Tab
     return table
 
 
-def _note(planned: PlannedCell, plan: Plan, machine: Machine) -> tuple[str, str]:
-    """What is special about a cell: a word for its row, and the reason for below the table."""
+def _notes(planned: PlannedCell, plan: Plan, machine: Machine) -> list[tuple[str, str]]:
+    """What is special about a cell: words for its row, and the reason of each for below the table."""
     if planned.status:
-        return planned.status, planned.reason or ""
+        return [(planned.status, planned.reason or "")]
+    notes = [(CP_OFF, planned.cell.cp_off.removeprefix("context parallelism is off: "))] if planned.cell.cp_off else []
     size = planned.cell.world_size
     needed, there = planned.live_bytes * size, machine.memory_bytes
     if plan.device == "cuda":
         needed, there = planned.live_bytes, machine.gpu_memory_bytes
     if needed > there:
-        return "may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"
+        notes.append(("may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"))
     threads = size * plan.threads_per_rank(size)
-    return ("oversubscribed", f"{threads} threads on {plan.cores} cores") if plan.oversubscribed(size) else ("", "")
+    return [*notes, ("oversubscribed", f"{threads} threads on {plan.cores} cores")] if plan.oversubscribed(size) else notes
+
+
+def _cells(count: int) -> str:
+    return "1 cell" if count == 1 else f"{count} cells"
 
 
 def _default_first(names: Sequence[str]) -> str:

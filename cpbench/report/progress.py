@@ -20,7 +20,7 @@ from rich.segment import Segment
 from cpbench.records import rounds_done
 from cpbench.report.console import plain
 from cpbench.report.rows import group_rows
-from cpbench.report.table import Notes, rough_seconds, sequence_label, table
+from cpbench.report.table import Notes, rough_seconds, table
 from cpbench.results import CellResult, ResultFile
 from cpbench.stats import median, relative_half_width
 from cpbench.units import format_seconds
@@ -146,7 +146,7 @@ class Screen(Follow):
     def cell_finished(self, result: CellResult) -> None:
         self._results[result.id] = result
         results = list(self._results.values())
-        lines_per_row = 1 if len({str(cell.key.get("lengths")) for cell in results}) == 1 else 2  # lengths are set apart
+        lines_per_row = 1 if len({str((cell.key.get("lengths"), cell.key.get("prefixes"))) for cell in results}) == 1 else 2  # batches are set apart
         fitting = max(1, (self.console.height - OTHER_LINES) // lines_per_row)  # what is higher than the screen cannot be redrawn
         groups = group_rows(results[-fitting:], self._cores)
         self._drawn = [segment for group in groups for segment in self.console.render(table(group, Notes(), self.console))]
@@ -170,10 +170,10 @@ def progress_on(console: Console, cores: int | None) -> Follow:
 def finished_line(result: CellResult, place: str = "") -> str:
     """`4/10 cp4 ring 36k: 4.66 s ±1.1% (n=5)`, or the status and reason of a cell that is not ok."""
     row = group_rows([result], None)[0].rows[0]
-    batch = f" b{len(row.lengths)}" if len(row.lengths) > 1 else ""
-    name = f"{place}{row.label} {sequence_label(row.lengths)}{batch}"
+    name = f"{place}{row.label} {row.batch.name}"
     if result.status != "ok" or row.time is None:
         return f"{name}: {result.status}: {result.reason or 'no reason recorded'}"
     width = f" ±{row.half_width:.1%}" if row.half_width is not None else ""
     rounds = f" after round {rounds_done(result)}" if rounds_done(result) > 1 else ""
-    return f"{name}: {format_seconds(row.time.median)}{width} (n={row.time.n}){rounds}"
+    off = "" if result.cp_active else f"; {result.cp_off_reason}"
+    return f"{name}: {format_seconds(row.time.median)}{width} (n={row.time.n}){rounds}{off}"

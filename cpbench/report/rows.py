@@ -1,8 +1,9 @@
 """What a row of a result table says: numbers of one cell and how it compares with the baseline of its group. Nothing is formatted here.
 
-Cells that differ in nothing but lengths, layout, strategy and partition stand in one group. Speed-up and efficiency compare cells of
-the same lengths; the baseline is the smallest layout that has a time, which is cp=1 unless that was not measured. Efficiency is the
-speed-up times the baseline's compute over the cell's own, and compute is what the ranks can really use: GPUs, or cores on a CPU.
+Cells that differ in nothing but batch, layout, strategy and partition stand in one group. Speed-up and efficiency compare cells of the
+same batch; the baseline is the smallest layout that has a time, which is cp=1 unless that was not measured, and never one on which
+context parallelism was off. Efficiency is the speed-up times the baseline's compute over the cell's own, and compute is what the ranks
+can really use: GPUs, or cores on a CPU.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpbench.batch import Batch
 from cpbench.errors import CpbenchError
 from cpbench.layout import Layout
 from cpbench.records import TIME_METRIC
 from cpbench.results import CellResult, Metric
 
-Lengths = tuple[int, ...]
+HEAD_GROUPS = "head_groups"  # the option that only one strategy has, so that it does not part a table
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Row:
     """One cell. Numbers are None where they are not known; a cell that failed keeps the times of earlier rounds."""
 
     cell: CellResult
-    lengths: Lengths
+    batch: Batch
     layout: str
     strategy: str
     time: Metric | None
@@ -57,20 +59,20 @@ class Group:
     rows: tuple[Row, ...]
 
     @property
-    def lengths(self) -> list[Lengths]:
+    def batches(self) -> list[Batch]:
         """Every batch of the group, in the order of its first row."""
-        return list(dict.fromkeys(row.lengths for row in self.rows))
+        return list(dict.fromkeys(row.batch for row in self.rows))
 
     @property
     def partitions(self) -> set[str]:
         return {str(row.cell.key.get("partition")) for row in self.rows}
 
-    def baseline(self, lengths: Lengths) -> Row | None:
-        return next((row for row in self.rows if row.lengths == lengths and row.is_baseline), None)
+    def baseline(self, batch: Batch) -> Row | None:
+        return next((row for row in self.rows if row.batch == batch and row.is_baseline), None)
 
 
 def group_rows(cells: Iterable[CellResult], cores: int | None) -> list[Group]:
-    """Rows in groups, by lengths and then in the order of the cells. `cores` are those that the run could use; None: not known, then no CPU efficiency."""
+    """Rows in groups, by batch and then in the order of the cells. `cores` are those that the run could use; None: not known, then no CPU efficiency."""
     groups: dict[str, list[CellResult]] = {}
     for cell in cells:
         groups.setdefault(json.dumps(_common(cell), sort_keys=True), []).append(cell)
@@ -83,27 +85,38 @@ def time_of(cell: CellResult) -> Metric | None:
 
 
 def _common(cell: CellResult) -> dict[str, Any]:
-    varying = ("layout", "strategy", "partition", "lengths")
-    return {name: value for name, value in cell.key.items() if name not in varying}
+    varying = ("layout", "strategy", "partition", "lengths", "prefixes")
+    common = {name: value for name, value in cell.key.items() if name not in varying}
+    options = common.get("options")
+    return {**common, "options": {name: value for name, value in options.items() if name != HEAD_GROUPS}} if isinstance(options, dict) else common
 
 
-def _lengths(cell: CellResult) -> Lengths:
-    return tuple(int(length) for length in cell.key.get("lengths") or ())
+def _batch(cell: CellResult) -> Batch:
+    """The batch of a key; prefixes that do not pair up with the lengths, in a file that was edited, are left out."""
+    lengths, prefixes = (tuple(int(n) for n in cell.key.get(name) or ()) for name in ("lengths", "prefixes"))
+    return Batch(lengths, prefixes if len(prefixes) == len(lengths) else ())
+
+
+def _strategy(cell: CellResult) -> str:
+    """`ring`; `allgather/2` where K and V travel in two groups of heads."""
+    options = cell.key.get("options")
+    groups = options.get(HEAD_GROUPS) if isinstance(options, dict) else None
+    return f"{cell.key.get('strategy', '?')}" + (f"/{groups}" if groups else "")
 
 
 def _rows(cells: Sequence[CellResult], cores: int | None) -> list[Row]:
-    """By lengths, then as they come."""
+    """By batch, then as they come."""
     rows = []
-    for lengths in dict.fromkeys(map(_lengths, cells)):
-        same = [cell for cell in cells if _lengths(cell) == lengths]
+    for batch in dict.fromkeys(map(_batch, cells)):
+        same = [cell for cell in cells if _batch(cell) == batch]
         baseline = _baseline(same)
         rows += [_row(cell, baseline, cores) for cell in same]
     return rows
 
 
 def _baseline(cells: Sequence[CellResult]) -> CellResult | None:
-    """The smallest layout that ended well: fewest ranks, then the smallest cp, then the first."""
-    timed = [cell for cell in cells if cell.status == "ok" and time_of(cell)]
+    """The smallest layout that ended well: fewest ranks, then the smallest cp, then the first. Ranks that each did all the work are none."""
+    timed = [cell for cell in cells if cell.status == "ok" and cell.cp_active and time_of(cell)]
     return min(timed, key=lambda cell: (cell.world_size, _context_parallel(cell)), default=None)
 
 
@@ -113,9 +126,9 @@ def _row(cell: CellResult, baseline: CellResult | None, cores: int | None) -> Ro
     own, base = _compute(cell, cores), _compute(baseline, cores) if baseline else None
     return Row(
         cell=cell,
-        lengths=_lengths(cell),
+        batch=_batch(cell),
         layout=str(cell.key.get("layout", "?")),
-        strategy=str(cell.key.get("strategy", "?")),
+        strategy=_strategy(cell),
         time=time,
         is_baseline=cell is baseline,
         speed_up=speed_up,

@@ -18,13 +18,16 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cpbench.batch import Batch
+from cpbench.report.advice import advice_lines
 from cpbench.report.console import plain
-from cpbench.report.rows import Group, Lengths, Row, group_rows
+from cpbench.report.rows import Group, Row, group_rows
 from cpbench.results import FAILED, ResultFile
 from cpbench.units import format_bytes, format_count, format_seconds
 
 TIME_NAMES = {"prefill": "TTFT", "layer": "layer time", "attention": "attention time"}
 OVERSUBSCRIBED = "*"
+CP_OFF = "CP off"
 MAX_LOG_LINES = 12
 MAX_WIDTH = 1000
 
@@ -50,6 +53,9 @@ def result_view(result: ResultFile, console: Console) -> list[ConsoleRenderable]
         view.append(plain("No cell has been recorded."))
     view += [plain(line) for line in footnotes(groups, notes, _cores(result.environment))]
     view += [line for group in groups for row in group.rows if row.cell.status in FAILED for line in _log(row)]
+    for group in groups:
+        of = f"{title(group)}: " if len(groups) > 1 else ""
+        view += [plain(of + line) for line in advice_lines(group, OVERSUBSCRIBED)]
     return [*view, plain(_provenance(result), "dim")]
 
 
@@ -74,17 +80,18 @@ class Notes:
         self.texts: list[str] = []
 
     def marks(self, row: Row) -> str:
-        """The marks of a row: `*` for oversubscribed, numbers for its warnings."""
-        for text in row.cell.warnings:
-            if text not in self.texts:
-                self.texts.append(text)
-        numbers = [str(self.texts.index(text) + 1) for text in dict.fromkeys(row.cell.warnings)]
-        return " ".join([*([OVERSUBSCRIBED] if row.cell.oversubscribed else []), *numbers])
+        """The marks of a row: `*` for oversubscribed, `CP off` where it was off, numbers for why it was and for warnings."""
+        cell = row.cell
+        off = [] if cell.cp_active else [cell.cp_off_reason or "context parallelism was off; no reason recorded"]
+        texts = list(dict.fromkeys([*off, *cell.warnings]))
+        self.texts += [text for text in texts if text not in self.texts]
+        numbers = [str(self.texts.index(text) + 1) for text in texts]
+        return " ".join([*([OVERSUBSCRIBED] if cell.oversubscribed else []), *([CP_OFF] if off else []), *numbers])
 
 
 def _columns(group: Group, notes: Notes) -> list[Column]:
-    batches = group.lengths
-    seqs, counts = {sequence_label(lengths) for lengths in batches}, {len(lengths) for lengths in batches}
+    batches = group.batches
+    seqs, counts = {batch.exact for batch in batches}, {len(batch.lengths) for batch in batches}
     time = TIME_NAMES.get(str(group.common.get("target")), "time")
     columns = [
         Column("layout", lambda row: row.layout, justify="left"),
@@ -102,9 +109,9 @@ def _columns(group: Group, notes: Notes) -> list[Column]:
         Column("error\nratio", lambda row: _ratio(row.cell.numerics.ratio if row.cell.numerics else None), keep=4),
     ]
     if len(counts) > 1:
-        columns.insert(0, Column("batch", lambda row: str(len(row.lengths))))
+        columns.insert(0, Column("batch", lambda row: str(len(row.batch.lengths))))
     if len(seqs) > 1:
-        columns.insert(0, Column("seq", lambda row: sequence_label(row.lengths)))
+        columns.insert(0, Column("seq", lambda row: row.batch.label))
     if any(row.cell.status != "ok" for row in group.rows):
         columns.append(Column("status", lambda row: row.cell.status, justify="left"))
     marks = {row.cell.id: notes.marks(row) for row in group.rows}
@@ -117,11 +124,11 @@ def _table(group: Group, columns: Sequence[Column]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column.header, justify=column.justify, no_wrap=True, vertical="bottom")
-    previous: Lengths | None = None
+    previous: Batch | None = None
     for row in group.rows:
-        if previous is not None and row.lengths != previous:
+        if previous is not None and row.batch != previous:
             made.add_section()
-        previous = row.lengths
+        previous = row.batch
         style = "" if row.cell.status == "ok" else "dim" if row.cell.status not in FAILED else "red"
         made.add_row(*(plain(column.text(row)) for column in columns), style=style)
     return made
@@ -136,13 +143,13 @@ def title(group: Group) -> str:
         parts.append(f"{layers} layer" if layers == 1 else f"{layers} layers")
     parts.append(f"{common.get('dtype')} on {common.get('device')}")
     parts += [f"kernel {name}" for name in sorted({row.cell.kernel for row in group.rows if row.cell.kernel})]
-    lengths = group.lengths
-    if len({sequence_label(batch) for batch in lengths}) == 1 and lengths[0]:
-        parts.append(sequence_label(lengths[0], exact=True))
-    if len({len(batch) for batch in lengths}) == 1 and len(lengths[0]) > 1:
-        parts.append(f"batch {len(lengths[0])}")
+    batches = group.batches
+    if len({batch.exact for batch in batches}) == 1 and batches[0].lengths:
+        parts.append(batches[0].exact)
+    if len({len(batch.lengths) for batch in batches}) == 1 and len(batches[0].lengths) > 1:
+        parts.append(f"batch {len(batches[0].lengths)}")
     options = common.get("options")
-    parts += [f"{name} {value}" for name, value in options.items()] if isinstance(options, dict) else []
+    parts += [f"{name} {format_count(value) if type(value) is int else value}" for name, value in options.items()] if isinstance(options, dict) else []
     return ", ".join(parts)
 
 
@@ -150,10 +157,10 @@ def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Itera
     """The lines below the tables: baselines that are not cp1, marks, and the reason of every cell that is not ok."""
     groups = list(groups)
     for group in groups:
-        for lengths in group.lengths:
-            baseline = group.baseline(lengths)
+        for batch in group.batches:
+            baseline = group.baseline(batch)
             if baseline and baseline.layout != "cp1":
-                yield f"{sequence_label(lengths)}: cp1 has no result; speed-up and efficiency compare with {baseline.label}."
+                yield f"{batch.label}: cp1 has no result; speed-up and efficiency compare with {baseline.label}."
     if any(row.cell.oversubscribed for group in groups for row in group.rows):
         on = f"the {cores} cores" if cores else "the cores"
         yield f"{OVERSUBSCRIBED}: oversubscribed, more threads than cores. Efficiency compares with what {on} could do, not the ranks."
@@ -165,9 +172,8 @@ def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Itera
 
 
 def row_label(row: Row, group: Group) -> str:
-    """`cp4 ring`, with the lengths where rows of the group differ in them."""
-    batch = f" b{len(row.lengths)}" if len({len(lengths) for lengths in group.lengths}) > 1 else ""
-    return row.label + (f" {sequence_label(row.lengths)}{batch}" if len(group.lengths) > 1 else "")
+    """`cp4 ring`, with the batch where rows of the group differ in it."""
+    return row.label + (f" {row.batch.name}" if len(group.batches) > 1 else "")
 
 
 def closing_lines(result: ResultFile, file: Path) -> list[str]:
@@ -214,15 +220,6 @@ def _provenance(result: ResultFile) -> str:
 def _cores(environment: dict[str, Any]) -> int | None:
     cores = environment.get("cores")
     return cores if isinstance(cores, int) and cores > 0 else None
-
-
-def sequence_label(lengths: Lengths, *, exact: bool = False) -> str:
-    """`36k`, or `36k = 36,864 tokens`; a batch of different lengths by its shortest and longest."""
-    shown = "-".join(format_count(length) for length in sorted({min(lengths), max(lengths)})) if lengths else "?"
-    if not exact:
-        return shown
-    number = f"{lengths[0]:,} tokens"
-    return shown + " tokens" if len(set(lengths)) > 1 else number if shown == str(lengths[0]) else f"{shown} = {number}"
 
 
 def _count(value: int | None) -> str:

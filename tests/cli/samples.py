@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpbench.cell import Cell
-from cpbench.formulas import score_pairs, traffic
+from cpbench.formulas import new_rows, score_pairs, traffic
 from cpbench.layout import Layout
 from cpbench.models.presets import PRESETS
 from cpbench.records import merge_record, not_measured
@@ -44,7 +44,7 @@ def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio
         "skew_samples": [1.01] * len(samples),
         "flops_per_rank": 3.4e11,
         "kernel": "cpu_flash" if cell.device == "cpu" else "sdpa",
-        "tokens_per_rank": cell.split.max_rows,
+        "tokens_per_rank": cell.max_rows,
         "threads_per_rank": max(1, CORES // cell.world_size) if cell.device == "cpu" else None,
         "oversubscribed": cell.device == "cpu" and cell.world_size > CORES,
         "memory": {"rank": 0, "peak_live_bytes": memory, "peak_allocator_bytes": 2 * memory},
@@ -52,12 +52,14 @@ def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio
             {
                 "rank": rank,
                 "coordinates": cell.layout.coordinates(rank),
-                "tokens": cell.split.rows(cell.layout.coordinates(rank)["cp"]),
+                "tokens": new_rows(cell, rank),
                 "score_pairs": score_pairs(cell, rank),
             }
             for rank in ranks
         ],
         "traffic": {"bytes": max(received), "calls": 4},
+        "cp_active": cell.cp_off is None,
+        "cp_off_reason": cell.cp_off,
         "numerics": {"ratio": ratio, "relative_rmse": 3e-7, "limit": "1.3", "remote_tokens_used": True, "tokens": 96},
         "first_tokens": [{"token": 17, "margin": 0.3}],
         "warnings": list(warnings),
@@ -128,4 +130,20 @@ def on_gpus() -> ResultFile:
             measured(make_cell("cp4tp2", "ring", **changes), [0.0061, 0.006, 0.0061, 0.0062, 0.006], memory=1 << 30),
         ],
         device="cuda",
+    )
+
+
+def batches() -> ResultFile:
+    """Two batches with cached prefixes, in chunks, of which one is too short for eight ranks; a hybrid, and ties within noise."""
+    mixed: dict[str, Any] = {"lengths": (1003, 517, SEQ), "prefixes": (500, 0, 32 * 1024), "chunk": 8192}
+    short: dict[str, Any] = {"lengths": (9,), "prefixes": (32 * 1024,), "chunk": 8192}
+    return result(
+        [
+            measured(make_cell("cp1", "none", **mixed), [9.5, 9.4, 9.6, 9.5, 9.5], memory=356 << 20),
+            measured(make_cell("cp2", "allgather", head_groups=2, **mixed), [9.1, 9.3, 9.2, 9.0, 9.2], memory=232 << 20),
+            measured(make_cell("cp8u4", "usp", **mixed), [9.0, 9.2, 9.1, 9.0, 9.3], memory=102 << 20),
+            measured(make_cell("cp1", "none", **short), [0.021, 0.02, 0.021], memory=40 << 20),
+            measured(make_cell("cp8", "ring", **short), [0.05, 0.051, 0.052], memory=41 << 20),
+            measured(make_cell("cp4", "ring", **short), [0.019, 0.018, 0.019], memory=30 << 20),
+        ]
     )

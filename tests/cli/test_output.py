@@ -11,11 +11,12 @@ import cpbench.doctor
 from cpbench.doctor import Finding
 from cpbench.environment import Machine
 from cpbench.results import ResultFile, read
+from cpbench.strategies import STRATEGIES
 
 from . import samples
 from .conftest import CUDA, Cpbench, Golden, Pretend
 
-SAMPLES = {"healthy": samples.healthy, "troubled": samples.troubled, "on_gpus": samples.on_gpus}
+SAMPLES = {"healthy": samples.healthy, "troubled": samples.troubled, "on_gpus": samples.on_gpus, "batches": samples.batches}
 
 
 def write(result: ResultFile, file: Path) -> Path:
@@ -82,7 +83,7 @@ def test_list_shows_everything(cpbench_command: Cpbench) -> None:
 def test_list_says_what_a_small_machine_lacks(cpbench_command: Cpbench, machine: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     machine(Machine("cuda", 1, 16, 64 << 30, gpus=("NVIDIA H200",), gpu_memory_bytes=16 << 30))
-    assert cpbench_command("list", "strategies").out.count("needs 2 GPUs, this machine has 1") == 3
+    assert cpbench_command("list", "strategies").out.count("needs 2 GPUs, this machine has 1") == len(STRATEGIES) - 1
     assert "none: one needs" not in cpbench_command("list", "models").out
     machine(Machine("cpu", 0, 2, 1 << 30))
     assert "none: one needs" in cpbench_command("list", "models").out
@@ -118,6 +119,44 @@ def test_dry_run_on_gpus(cpbench_command: Cpbench, golden: Golden, machine: Pret
     ran = cpbench_command("sweep", "--seq", "128k,2M", "--cp", "2,4", "--tp", "1,2", "--strategy", "ring", "--rounds", "4", "--dry-run")
     assert (ran.code, ran.err) == (0, "")
     golden("dry_run_cuda", ran.out)
+
+
+def test_dry_run_of_batches(cpbench_command: Cpbench, golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    one = [
+        "sweep",
+        "--lengths",
+        "1003,517,36k",
+        "--prefix",
+        "500,0,32k",
+        "--cp",
+        "2,4",
+        "--strategy",
+        "ring,usp,ulysses-gather,pass-q",
+        "--chunk",
+        "8k",
+        "--dry-run",
+    ]
+    two = [
+        "sweep",
+        "--lengths",
+        "9,8",
+        "--lengths",
+        "4k",
+        "--prefix",
+        "1k",
+        "--cp",
+        "8",
+        "--strategy",
+        "ring,u4r2,allgather",
+        "--set",
+        "head_groups=2",
+        "--dry-run",
+    ]
+    pairs = ["sweep", "--seq", "4k,8k", "--batch", "4,2", "--cp", "2,4", "--pair", "--partition", "interleave", "--dry-run"]
+    ran = [cpbench_command(*command) for command in (one, two, pairs)]
+    assert [(code, err) for code, _, err in ran] == [(0, "")] * 3
+    golden("dry_run_batches", "\n".join(out for _, out, _ in ran))
 
 
 def test_dry_run_as_json(cpbench_command: Cpbench) -> None:

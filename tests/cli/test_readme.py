@@ -13,8 +13,11 @@ from typing import get_args
 
 import pytest
 from rich.console import Console
+from typer.main import get_command
 
 import cpbench.driver
+from cpbench.cli import app
+from cpbench.options import MORE
 from cpbench.report.listing import LISTS
 from cpbench.report.rows import group_rows
 from cpbench.report.table import Notes, table
@@ -27,6 +30,7 @@ from .conftest import Cpbench
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
+OUTPUT = re.compile(r"<!-- output: (.*?) -->\n(.*?)<!-- end of output -->", re.DOTALL)
 TABLE_COLUMNS = "120"
 MAIN = "pip install -c constraints.txt . && cpbench sweep --seq 36k --cp 2,4,8"
 TESTS = "pip install -c constraints.txt -e '.[dev]' && pytest"
@@ -89,15 +93,41 @@ def test_table_is_what_show_prints(request: pytest.FixtureRequest, cpbench_comma
     lines = [line.rstrip() for line in ran.out.splitlines()]
     block = "\n".join(["```text", *lines, "```", ""])
     if request.config.getoption("--regenerate", default=False):
-        (ROOT / "README.md").write_text(README[: found.start(2)] + block + README[found.end(2) :])
+        text = (ROOT / "README.md").read_text(encoding="utf-8")  # which another test may have written
+        (ROOT / "README.md").write_text(TABLE.sub(lambda one: one[0].replace(one[2], block), text))
         pytest.skip("wrote the README's table")
     assert found[2] == block
+
+
+def test_outputs_are_what_commands_print(request: pytest.FixtureRequest, cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", TABLE_COLUMNS)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = list(OUTPUT.finditer(text))
+    assert found
+    for one in reversed(found):
+        assert one[1] in cpbench_commands()
+        ran = cpbench_command(*shlex.split(one[1]))
+        block = "\n".join(["```text", *(line.rstrip() for line in ran.out.splitlines()), "```", ""])
+        if request.config.getoption("--regenerate", default=False):
+            text = text[: one.start(2)] + block + text[one.end(2) :]
+            continue
+        assert one[2] == block
+    if request.config.getoption("--regenerate", default=False):
+        (ROOT / "README.md").write_text(text)
+        pytest.skip("wrote the README's outputs")
+
+
+def test_every_flag_is_explained() -> None:
+    flags = {name for option in get_command(app).commands["sweep"].params for name in option.opts if name.startswith("--")}  # type: ignore[attr-defined]
+    hidden = {name for option in get_command(app).commands["sweep"].params if getattr(option, "hidden", False) for name in option.opts}  # type: ignore[attr-defined]
+    assert "--pair" in hidden and hidden < flags
+    assert {name for name in hidden if name not in MORE or name not in README} == set()
 
 
 def test_every_column_and_status_is_explained() -> None:
     wide = Console(width=1000)
     tables = [table(group, Notes(), wide) for group in group_rows(samples.troubled().cells, samples.CORES)]
-    heads = {re.sub(r"\W", "", str(column.header)) for made in tables for column in made.columns} - {"seq"}
+    heads = {re.sub(r"\W", "", str(column.header)) for made in tables for column in made.columns}
     explained = {re.sub(r"\W", "", row.split("|")[1]) for row in README.splitlines() if row.startswith("| ")}
     assert heads <= explained
     for status in get_args(Status):

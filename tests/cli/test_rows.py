@@ -64,7 +64,7 @@ def test_a_cell_that_failed_is_no_baseline_though_it_has_earlier_rounds() -> Non
 def test_lengths_have_their_own_baselines_and_stand_together() -> None:
     cells = [measured(make_cell(layout, strategy, seq), [seq / 1024]) for layout, strategy in (("cp1", "none"), ("cp2", "ring")) for seq in (1024, 2048)]
     rows = only_group(cells)
-    assert [row.lengths for row in rows] == [(1024,), (1024,), (2048,), (2048,)]
+    assert [row.batch.lengths for row in rows] == [(1024,), (1024,), (2048,), (2048,)]
     assert [row.is_baseline for row in rows] == [True, False, True, False]
     assert [row.speed_up for row in rows] == [1.0] * 4
 
@@ -90,3 +90,28 @@ def test_interval_needs_five_samples() -> None:
     four, five = (only_group([measured(make_cell("cp1", "none"), samples)])[0] for samples in ([1.0] * 4, [0.9, 1.0, 1.0, 1.0, 1.1]))
     assert four.half_width is None
     assert five.half_width == pytest.approx(0.1)
+
+
+def test_prefixes_make_another_batch_with_its_own_baseline() -> None:
+    prefixed = [{"prefixes": (0,)}, {"prefixes": (512,)}]
+    cells = [measured(make_cell(layout, strategy, 1024, **changes), [1.0]) for layout, strategy in (("cp1", "none"), ("cp2", "ring")) for changes in prefixed]
+    rows = only_group(cells)
+    assert [(row.batch.prefixes, row.is_baseline) for row in rows] == [((0,), True), ((0,), False), ((512,), True), ((512,), False)]
+
+
+def test_a_layout_on_which_context_parallelism_was_off_is_no_baseline() -> None:
+    off = measured(make_cell("cp2", "ring", 3), [1.0]).model_copy(update={"cp_active": False, "cp_off_reason": "too short"})
+    rows = only_group([off, measured(make_cell("cp3", "allgather", 3, partition="contiguous"), [2.0])])
+    assert [(row.is_baseline, row.speed_up) for row in rows] == [(False, 2.0), (True, 1.0)]
+    assert only_group([off])[0].speed_up is None
+
+
+def test_head_groups_do_not_part_a_table() -> None:
+    cells = [measured(make_cell("cp1", "none"), [2.0]), measured(make_cell("cp2", "allgather", head_groups=2), [1.0])]
+    rows = only_group(cells)
+    assert [(row.strategy, row.speed_up) for row in rows] == [("none", 1.0), ("allgather/2", 2.0)]
+
+
+def test_other_options_do() -> None:
+    cells = [measured(make_cell("cp1", "none", page_size=size), [1.0]) for size in (None, 64)]
+    assert [group.common["options"] for group in group_rows(cells, CORES)] == [{}, {"page_size": 64}]

@@ -13,7 +13,7 @@ import pytest
 
 import cpbench.driver
 from cpbench.results import ResultFile, read
-from tests.unit.fakes import FakeGroup, FakeLauncher, raises
+from tests.unit.fakes import FakeGroup, FakeLauncher, raises, well
 
 from .conftest import CPU, CUDA, Cpbench, Pretend, Ran
 
@@ -42,7 +42,8 @@ def test_table_on_stdout_and_everything_else_on_stderr(cpbench_command: Cpbench,
     file = only_file(tmp_path)
     assert ran.code == 0
     assert file.name.startswith("sweep-20") and file.suffix == ".json"
-    assert [line.split()[:2] for line in ran.out.splitlines() if line.startswith("cp")] == [["cp1", "none"], ["cp2", "ring"], ["cp2", "ulysses"]]
+    assert [line.split()[:2] for line in ran.out.splitlines() if line.startswith("cp")][:3] == [["cp1", "none"], ["cp2", "ring"], ["cp2", "ulysses"]]
+    assert "256: fastest cp1 none 1.00 s (within noise: cp2 ring, cp2 ulysses); least memory" in ran.out
     assert ran.out.splitlines()[-2:] == [f"Result: results/{file.name}", f"See it again with: cpbench show results/{file.name}"]
     assert "model qwen3-tiny (default on cpu)" in ran.err
     assert "seq 256 tokens" in ran.err
@@ -174,3 +175,39 @@ def test_skipped_cells_are_no_failure(cpbench_command: Cpbench, launcher: FakeLa
     ran = cpbench_command("sweep", "--seq", "1k", "--cp", "2,4", "--strategy", "ring", "--model", "qwen3-tiny")
     assert ran.code == 0
     assert "cp4 ring: skipped: needs 4 GPUs, this machine has 2" in ran.out
+
+
+def test_a_batch_that_is_too_short_is_never_silent(cpbench_command: Cpbench, launcher: FakeLauncher, tmp_path: Path) -> None:
+    reason = "context parallelism is off: a sequence of 3 new tokens is shorter than 2*cp = 4"
+    launcher.actions = {"ring 3": well(cp_active=False, cp_off_reason=reason)}
+    ran = cpbench_command("sweep", "--lengths", "3,256", "--lengths", "256", "--cp", "2", "--strategy", "ring", "-o", "r.json")
+    assert ran.code == 0
+    assert f"  in 1 cell {reason}" in ran.err  # before the start
+    assert f"cp2 ring 3+256: 1.00 s (n=3); {reason}" in ran.err
+    assert re.search(r"3\+256 .*cp2 +ring .* CP off 1$", ran.out, re.MULTILINE)
+    assert f"1: {reason}" in ran.out.splitlines()
+    assert [line for line in ran.out.splitlines() if "fastest" in line] == [next(line for line in ran.out.splitlines() if line.startswith("256: fastest"))]
+    stored = {tuple(cell.key["lengths"]): (cell.cp_active, cell.cp_off_reason) for cell in read(tmp_path / "r.json").cells if cell.world_size == 2}
+    assert stored == {(3, 256): (False, reason), (256,): (True, None)}
+
+
+def test_batches_reach_the_ranks(cpbench_command: Cpbench, launcher: FakeLauncher) -> None:
+    flags = ["--lengths", "1003,517", "--prefix", "500,0", "--lengths", "64", "--prefix", "1k", "--chunk", "256", "--set", "page_size=16"]
+    ran = cpbench_command("sweep", *flags, "--cp", "4", "--strategy", "u2r2", "--set", "baseline=false", "--json", "-q")
+    assert ran.code == 0
+    cells = [entry["cell"] for entry in launcher.groups[0].job["cells"]]
+    assert [(cell["layout"], cell["strategy"], cell["lengths"], cell.get("prefixes")) for cell in cells] == [
+        ("cp4u2", "usp", [1003, 517], [500, 0]),
+        ("cp4u2", "usp", [64], [1024]),
+    ]
+    assert all(cell["options"] == {"chunk": 256, "page_size": 16} for cell in cells)
+    assert json.loads(ran.out)["run"]["scenario"]["batches"] == [{"lengths": [1003, 517], "prefixes": [500, 0]}, {"lengths": [64], "prefixes": [1024]}]
+
+
+def test_flags_replace_the_batches_of_a_scenario(cpbench_command: Cpbench, launcher: FakeLauncher, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seq: [1k, 2k]\nbatch: 3\nbaseline: false\n")
+    (tmp_path / "batches.yaml").write_text("batches: [{lengths: [5, 6]}]\nbaseline: false\n")
+    for command, expected in ((["mine.yaml", "--lengths", "7,8"], [[7, 8]]), (["batches.yaml", "--seq", "9"], [[9]]), (["batches.yaml"], [[5, 6]])):
+        ran = cpbench_command("sweep", "--scenario", *command, "--json", "-q")
+        assert [cell["key"]["lengths"] for cell in json.loads(ran.out)["cells"]] == expected
+        next((tmp_path / "results").iterdir()).unlink()

@@ -115,6 +115,13 @@ def test_the_reference_is_the_first_that_computed_the_same() -> None:
     assert token_reference(BASE, results) is None
     failed = [(CELLS[0], not_measured(CELLS[0], "oom", "no memory")), *results[1:]]
     assert token_reference(CELLS[2], failed) == results[1][1]
-    other = replace(CELL, seed=1)
-    assert token_reference(other, [*results, (other, merged(record(), cell=other))]) is None
+    for other in (replace(CELL, seed=1), replace(CELL, prefixes=(64,))):
+        assert token_reference(other, [*results, (other, merged(record(), cell=other))]) is None
     assert compare_tokens(CELL, results[1][1], None) == results[1][1]
+
+
+def test_a_record_says_whether_context_parallelism_was_on() -> None:
+    assert (merged(record()).cp_active, merged(record()).cp_off_reason) == (True, None)
+    off = merged(record(cp_active=False, cp_off_reason="too short"))
+    assert (off.cp_active, off.cp_off_reason) == (False, "too short")
+    assert not not_measured(CELL, "crash", "boom", off).cp_active
