@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cpbench import __version__, options
-from cpbench.batch import flag_batches
 from cpbench.errors import INTERRUPTED, CpbenchError, unknown
 
 if TYPE_CHECKING:
@@ -119,6 +118,8 @@ def sweep(
     quiet: options.QUIET = False,
 ) -> int:
     """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
+    from cpbench.batch import flag_batches
+
     axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "cp": cp, "tp": tp, "strategies": strategy}
     fields: dict[str, Any] = {"partition": partition, "model": model, "target": target, "chunk": chunk, "layers": layers, "dtype": dtype, "seed": seed}
     fields |= {"threads": threads, "rounds": rounds, "pair": pair or None, "batches": flag_batches(lengths, prefix or []) if lengths else None}
@@ -150,8 +151,12 @@ def verify(
     quiet: options.QUIET = False,
 ) -> int:
     """Verify strategies, partitions and layouts against one device in fp64. Exit code 1 if one is wrong."""
+    from cpbench.batch import flag_batches
+
     if prefix and not lengths:
         raise CpbenchError("--prefix describes the batch of --lengths, which is missing.", "Add --lengths, for example --lengths 101,67,130.")
+    from cpbench.batch import flag_batches
+
     axes = {"cp": cp, "tp": tp, "strategies": strategy}
     fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
