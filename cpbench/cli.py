@@ -155,8 +155,6 @@ def verify(
 
     if prefix and not lengths:
         raise CpbenchError("--prefix describes the batch of --lengths, which is missing.", "Add --lengths, for example --lengths 101,67,130.")
-    from cpbench.batch import flag_batches
-
     axes = {"cp": cp, "tp": tp, "strategies": strategy}
     fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
