@@ -93,7 +93,8 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[Cell] = ()) -> int:
     costs = [_step_bytes(step, cp_rank) for step in tuple(steps) or cell.steps]
     layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
     kept = pool_bytes(cell, cp_rank) if cell.paged else max(cost.kept for cost in costs)
-    fixed = kept * layers + sum(map(max, zip(*(cost.buffers for cost in costs), strict=True))) + max(cost.moment for cost in costs)
+    buffers: int = sum(max(sizes) for sizes in zip(*(cost.buffers for cost in costs), strict=True))
+    fixed = kept * layers + buffers + max(cost.moment for cost in costs)
     rows = new_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
         inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(cell.steps) > 1 else 0)

@@ -180,7 +180,10 @@ def _cells(part: Part, asked: Fields, device: str) -> Iterator[Cell]:
         fields = common | {name: value for name, value in batch.items() if name not in own} | {"dtype": dtype} | fixed | ranks
         if fields.get("kv_cache") == "drop" and fields.get("chunk"):
             continue  # a chunk reads what the ones before it left
-        fields["strategies"] = _strategies(asked.get("strategies") or batch.get("strategies"), ranks)
+        names = asked.get("strategies") or batch.get("strategies") or [*(name for name in STRATEGIES if name != BASELINE), DEEPER_HYBRID]
+        fields["strategies"] = names if "cp" in asked and "strategies" in asked else [name for name in names if _fits(name, ranks)]
+        if not fields["strategies"]:
+            continue
         layers = 2 if fields.get("target") == "prefill" else 1
         for cell in cells_of(parse_scenario({"target": "attention", "layers": layers} | fields), config):
             if cell.strategy == BASELINE and asked.keys() & {"strategies"} and "cp" not in asked and BASELINE not in asked["strategies"]:
@@ -199,10 +202,10 @@ def _ranks(part: Part, asked: Fields) -> list[Fields]:
     return [entry | {"tp": asked["tp"]} for entry in ranks] if "tp" in asked else ranks
 
 
-def _strategies(asked: Sequence[str] | None, ranks: Fields) -> list[str]:
-    """Those that were asked for, else every one and a hybrid with more Ulysses than ring; without hybrids of other degrees."""
-    names = asked or [*(name for name in STRATEGIES if name != BASELINE), DEEPER_HYBRID]
-    return [name for name in names if (degrees := hybrid_degrees(name)) is None or degrees[0] * degrees[1] in ranks["cp"]] or list(names)
+def _fits(name: str, ranks: Fields) -> bool:
+    """Whether a strategy is no hybrid, or one of these degrees."""
+    degrees = hybrid_degrees(name)
+    return degrees is None or degrees[0] * degrees[1] in ranks["cp"]
 
 
 def _cannot_run(cell: Cell) -> str | None:

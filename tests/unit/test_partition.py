@@ -1,4 +1,4 @@
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -171,7 +171,7 @@ def test_interleave_counts_with_carry(cp, lengths):
     starts = [0, *accumulate(lengths)]
     for rank in range(cp):
         counts = {block.sequence: block.rows for block in shards.ranks[rank]}
-        for sequence, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for sequence, (start, stop) in enumerate(pairwise(starts)):
             assert counts.get(sequence, 0) == (stop - 1 - rank) // cp - (start - 1 - rank) // cp
     rows = [shards.rows(rank) for rank in range(cp)]
     assert max(rows) - min(rows) <= 1
