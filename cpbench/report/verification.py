@@ -27,6 +27,7 @@ from cpbench.units import format_count
 from cpbench.verify import Row, kernel_of
 
 HEARTBEAT_SECONDS = 15.0
+MARK = "*"
 STYLES = {"ok": "", "off": "", "wrong": "red", "skipped": "dim"}
 
 
@@ -70,7 +71,7 @@ def wrong_lines(rows: Iterable[Row]) -> Iterator[str]:
     """One line for every wrong row: which, and why."""
     for row in rows:
         if row.verdict == "wrong":
-            yield f"wrong: {row.cell.layout} {row.cell.strategy} {row.cell.partition}, {title_of(row.cell)}: {row.reason}"
+            yield f"wrong: {row.cell.layout} {_strategy(row)} {row.cell.partition}, {title_of(row.cell)}: {row.reason}"
 
 
 def summary(rows: Sequence[Row], interrupted: bool = False) -> str:
@@ -90,7 +91,7 @@ def collectives(row: Row) -> str:
     calls, predicted = counted.received.calls, counted.predicted.calls
     if calls != predicted:
         return f"{calls}, not {predicted}"
-    return f"{calls} = {predicted}" + ("*" if counted.difference else "")
+    return f"{calls} = {predicted}" + (MARK if counted.difference else "")
 
 
 def verification_json(rows: Sequence[Row]) -> dict[str, Any]:
@@ -111,13 +112,18 @@ def _row_json(row: Row) -> dict[str, Any]:
     return data
 
 
+def _strategy(row: Row) -> str:
+    """`allgather/2` where K and V travel in two groups of heads."""
+    return row.cell.strategy + (f"/{row.cell.head_groups}" if row.cell.head_groups > 1 else "")
+
+
 def _check(row: Row) -> Check:
     return row.check or Check(False, None)
 
 
 COLUMNS = (
     _Column("layout", lambda row: str(row.cell.layout), right=False),
-    _Column("strategy", lambda row: row.cell.strategy + (f"/{row.cell.head_groups}" if row.cell.head_groups > 1 else ""), right=False),
+    _Column("strategy", _strategy, right=False),
     _Column("partition", lambda row: row.cell.partition, right=False),
     _Column("relative\nRMSE", lambda row: _error(_check(row).relative_rmse)),
     _Column("ratio", lambda row: _ratio(_check(row).ratio)),
@@ -195,6 +201,8 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     for (verdict, reason), of in reasons.items():
         names = dict.fromkeys(row.cell.strategy for row in of)
         yield f"{verdict} ({', '.join(names)}): {reason}"
+    if any(collectives(row).endswith(MARK) for row in rows):
+        yield f"{MARK}: as many calls as predicted, of other kinds or with other bytes"
 
 
 def _error(value: float | None) -> str:
