@@ -41,6 +41,7 @@ from cpbench.segments import Segment, Span
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.usp import hybrid_degrees
 
+REPORT_EVERY = 10  # pairs: a long run that is cut has said something
 DEFAULT_SHAPES = ("36864:4:2:64:bfloat16", "16384:8:2:128:bfloat16", "16384:8:8:64:float32")
 DEFAULT_STRATEGIES = "ring,allgather,ulysses,u2r1,u1r2"
 RING, ULYSSES = COUNTERPARTS
@@ -79,8 +80,8 @@ def measure(options: argparse.Namespace) -> None:
                 seconds = once(contenders[name], groups)
                 if pair:  # the first pass of each is warm-up
                     times[name].append(seconds)
-        if rank == 0:
-            report(shape, times, [(name, other) for name in ours for other in rivals if other == (ULYSSES if name == "ulysses" else RING)])
+            if rank == 0 and pair and (pair % REPORT_EVERY == 0 or pair == options.pairs):
+                report(shape, times, [(name, other) for name in ours for other in rivals if other == (ULYSSES if name == "ulysses" else RING)])
     stop_process_groups()
 
 
