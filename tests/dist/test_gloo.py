@@ -4,40 +4,54 @@ A cell is `ok` only if its numerics held against fp64 on one device and every ra
 sweep itself is the test; what it stores is checked here.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from cpbench.layout import Layout
 from cpbench.strategies import STRATEGIES
 from tests.dist.sweeps import sweep
 
 NAMES = [name for name, strategy in STRATEGIES.items() if name != "none" and not strategy.brings_collectives]
 PARTITIONS = sorted({partition for name in NAMES for partition in STRATEGIES[name].partitions})
+BATCHES = {"zigzag": {}, "contiguous": {"prefix": "40"}, "interleave": {"chunk": "100"}, "replicated": {"prefix": "40", "chunk": "100"}}
+TOKENS = 3 * 221
+
+
+def names_of(partition):
+    return [name for name in NAMES if partition in STRATEGIES[name].partitions]
 
 
 @pytest.fixture(scope="module", params=PARTITIONS)
 def prefill(request, tmp_path_factory):
-    """All strategies with one partition at cp x tp of 1, 2 and 4 ranks, two sequences with a remainder, two layers, fp32."""
+    """All strategies of one partition at cp x tp of 1, 2 and 4 ranks, three sequences with a remainder, two layers, fp32."""
     folder = tmp_path_factory.mktemp("gloo")
-    fields = {"seq": "331", "batch": "2", "cp": "1,2,4", "tp": "1,2", "strategies": ",".join(NAMES), "layers": 2}
-    return sweep(folder / "r.json", partition=request.param, **fields)
+    fields = {"seq": "221", "batch": "3", "cp": "1,2,4", "tp": "1,2", "strategies": ",".join(names_of(request.param)), "layers": 2}
+    return sweep(folder / "r.json", partition=request.param, **fields, **BATCHES[request.param])
+
+
+def partition_of(result):
+    return next(cell.key["partition"] for cell in result.cells if cell.key["strategy"] != "none")
 
 
 def test_every_cell_that_can_run_is_right(prefill):
+    partition = partition_of(prefill)
     for cell in prefill.cells:
         assert cell.status == "ok", (cell.id, cell.status, cell.reason)
+        assert cell.cp_active
         assert cell.numerics.passed
         assert cell.numerics.relative_rmse < 1e-5
-        whole_sequences_per_rank = cell.key["partition"] == "contiguous" and cell.key["layout"].startswith("cp2")
-        if cell.key["strategy"] != "none" and not whole_sequences_per_rank:
+        if cell.key["strategy"] != "none" and partition != "replicated":
             assert cell.numerics.remote_tokens_used is True
-    layouts = {cell.key["layout"] for cell in prefill.cells}
+    layouts = {str(replace(Layout.parse(cell.key["layout"]), ulysses=1)) for cell in prefill.cells}
     assert layouts == {"cp1", "tp2", "cp2", "cp4", "cp2tp2", "cp4tp2"}
-    assert {cell.key["strategy"] for cell in prefill.cells} == {"none", *NAMES}
+    assert {cell.key["strategy"] for cell in prefill.cells} == {"none", *names_of(partition)}
 
 
 def test_every_layout_has_the_same_first_tokens(prefill):
     tokens = {tuple(first.token for first in cell.first_tokens) for cell in prefill.cells}
     assert len(tokens) == 1
-    assert len(next(iter(tokens))) == 2
+    assert len(next(iter(tokens))) == 3
 
 
 def test_collectives_are_counted_exactly(prefill):
@@ -46,17 +60,19 @@ def test_collectives_are_counted_exactly(prefill):
     for cell in prefill.cells:
         recorded, cp, tp = cell.traffic["recorded"], cell.ranks[-1].coordinates["cp"] + 1, cell.ranks[-1].coordinates["tp"] + 1
         assert recorded == cell.traffic["predicted"]
-        if cell.key["strategy"] in calls:
+        if cell.key["strategy"] in calls and "chunk" not in cell.key["options"]:
             operation, per_layer = calls[cell.key["strategy"]]
             assert recorded["cp"][operation]["calls"] == 2 * per_layer(cp)
         assert ("tp" in recorded) == (tp > 1)
         if tp > 1:
-            assert recorded["tp"]["all_reduce"]["calls"] == 2 * 2 + 1
+            chunks = 3 if "chunk" in cell.key["options"] else 1
+            assert recorded["tp"]["all_reduce"]["calls"] == chunks * (2 * 2 + 1)
 
 
 def test_ranks_and_memory_are_recorded(prefill):
     for cell in prefill.cells:
-        assert sum(rank.tokens for rank in cell.ranks if rank.coordinates["tp"] == 0) == 662
+        copies = cell.ranks[-1].coordinates["cp"] + 1 if cell.key["partition"] == "replicated" else 1
+        assert sum(rank.tokens for rank in cell.ranks if rank.coordinates["tp"] == 0) == copies * TOKENS
         assert cell.memory.peak_live_bytes == max(rank.peak_live_bytes for rank in cell.ranks)
         assert cell.memory.peak_live_bytes == pytest.approx(cell.memory.predicted_live_bytes, rel=0.05)
         assert sum(cell.memory.by_category.values()) == pytest.approx(cell.memory.peak_live_bytes, rel=0.02)
