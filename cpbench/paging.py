@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,17 @@ class BlockTable:
 
     def slots(self, sequence: int, first: int, count: int) -> Slots:
         """Pool rows of the cached tokens `first` to `first + count` of a sequence. Raises ValueError behind the end of its table."""
-        pages, size = np.asarray(self.pages[sequence], dtype=np.int64), self.page_size
-        if count and (first < 0 or first + count > len(pages) * size):
-            raise ValueError(f"tokens {first} to {first + count} of sequence {sequence} lie outside its {len(pages)} pages of {size}")
-        tokens = np.arange(first, first + count)
-        return pages[tokens // size] * size + tokens % size
+        known = self._slots[sequence]
+        if count and (first < 0 or first + count > len(known)):
+            pages = len(self.pages[sequence])
+            raise ValueError(f"tokens {first} to {first + count} of sequence {sequence} lie outside its {pages} pages of {self.page_size}")
+        return known[first : first + count]
+
+    @cached_property
+    def _slots(self) -> list[Slots]:
+        """The slot of every token of every page: made once, because each chunk of a long prompt reads a longer part of the same."""
+        rows = np.arange(self.page_size)
+        return [(np.asarray(pages, dtype=np.int64)[:, None] * self.page_size + rows).ravel() for pages in self.pages]
 
 
 @dataclass(frozen=True)
@@ -82,4 +89,7 @@ def plan_cache(table: BlockTable, cached: Blocks, stored: Sequence[PlacedBlock])
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> Slots:
+    """One after the other; a single part as it is, not copied."""
+    if len(parts) == 1:
+        return parts[0]
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -90,6 +90,7 @@ def batches(draw):
     return cp, tuple(length for length, _ in sequences), tuple(prefix for _, prefix in sequences), options
 
 
+@pytest.mark.timeout(1200)  # a minute or two on two cores
 @given(st.sampled_from(COMBINATIONS), batches(), st.sampled_from(HEADS), st.data())
 @settings(max_examples=RANDOM_BATCHES, deadline=None)
 def test_any_batch_gives_the_answer_of_one_device_and_moves_what_the_formula_says(combination, batch, heads, data):
