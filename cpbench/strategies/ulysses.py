@@ -45,6 +45,14 @@ def head_shards(heads: int, kv_heads: int, degree: int) -> HeadShards:
     return HeadShards(q_heads, q_heads // run, sources)
 
 
+def undivided_heads(cell: Cell, axis: str, degree: int) -> str | None:
+    """Why the query heads of a tensor-parallel rank cannot be cut over `degree` ranks of an axis, with the nearest degree; None if they can."""
+    if cell.heads % degree == 0:
+        return None
+    near = nearest_divisor(degree, cell.heads)
+    return f"{cell.heads} query heads per tensor-parallel rank do not divide over {axis}={degree}; the nearest degree is {axis}={near}"
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One all-to-all between token shards and head shards: rows of each rank of the group, heads of each, cached rows before the new."""
@@ -131,10 +139,7 @@ class Ulysses(Strategy):
     partitions = ("contiguous", "zigzag", "interleave")
 
     def check(self, cell: Cell) -> str | None:
-        if cell.heads % cell.layout.cp:
-            near = nearest_divisor(cell.layout.cp, cell.heads)
-            return f"{cell.heads} query heads per tensor-parallel rank do not divide over cp={cell.layout.cp}; the nearest degree is cp={near}"
-        return super().check(cell)
+        return undivided_heads(cell, "cp", cell.layout.cp) or super().check(cell)
 
     def cache_heads(self, cell: Cell, rank: int) -> tuple[tuple[int, ...], ...]:
         return (head_shards(cell.heads, cell.kv_heads, cell.layout.cp).kv_sources[rank],)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.layout import nearest_divisor
 from cpbench.segments import Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out
-from cpbench.strategies.ulysses import HeadShards, head_shards
+from cpbench.strategies.ulysses import HeadShards, head_shards, undivided_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +40,7 @@ class UlyssesGather(Strategy):
     keeps_local_rows = True
 
     def check(self, cell: Cell) -> str | None:
-        if cell.heads % cell.layout.cp:
-            near = nearest_divisor(cell.layout.cp, cell.heads)
-            return f"{cell.heads} query heads per tensor-parallel rank do not divide over cp={cell.layout.cp}; the nearest degree is cp={near}"
-        return super().check(cell)
+        return undivided_heads(cell, "cp", cell.layout.cp) or super().check(cell)
 
     def plan(self, cell: Cell, rank: int) -> SlicePlan:
         new = cell.split.ranks[rank]

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.layout import nearest_divisor
 from cpbench.partition import Blocks, split
 from cpbench.segments import PlacedBlock, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, spread_cache
 from cpbench.strategies.ring import Step, arriving_rows, ring_steps, run_ring
-from cpbench.strategies.ulysses import Exchange, head_shards
+from cpbench.strategies.ulysses import Exchange, head_shards, undivided_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +46,7 @@ class Usp(Strategy):
     def check(self, cell: Cell) -> str | None:
         if cell.partition not in self.partitions:
             return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
-        if cell.heads % cell.layout.ulysses:
-            near = nearest_divisor(cell.layout.ulysses, cell.heads)
-            return f"{cell.heads} query heads per tensor-parallel rank do not divide over u={cell.layout.ulysses}; the nearest degree is u={near}"
-        return None
+        return undivided_heads(cell, "u", cell.layout.ulysses)
 
     def cached(self, cell: Cell, rank: int) -> Blocks:
         return spread_cache(cell, cell.layout.ring, rank // cell.layout.ulysses)
