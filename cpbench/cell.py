@@ -14,7 +14,7 @@ from typing import Any
 from cpbench.batch import Batch
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
-from cpbench.partition import Block, Split, packed, split, switched_off
+from cpbench.partition import Blocks, Split, packed, split, switched_off
 from cpbench.units import format_count
 
 TARGETS = ("prefill", "layer", "attention")
@@ -112,7 +112,11 @@ class Cell:
         """The largest number of new tokens that a context-parallel rank holds over all steps."""
         return max(sum(step.split.rows(rank) for step in self.steps) for rank in range(self.layout.cp))
 
-    def packed_tokens(self, blocks: tuple[Block, ...]) -> list[range]:
+    def blocks(self, cp_rank: int) -> Blocks:
+        """What a context-parallel rank holds, over all steps."""
+        return tuple(block for step in self.steps for block in step.split.ranks[cp_rank])
+
+    def packed_tokens(self, blocks: Blocks) -> list[range]:
         """Index in the packed batch of new tokens of each row of the blocks, whichever step they belong to."""
         starts = [0, *accumulate(self.lengths)]
         return [packed(block, starts[block.sequence] - self.prefixes[block.sequence]) for block in blocks]

@@ -152,10 +152,15 @@ def cache_row_bytes(cell: Cell, cp_rank: int) -> int:
     return 2 * heads * cell.config.head_dim * cell.element_bytes
 
 
+def cached_pages(cell: Cell, cp_rank: int) -> int:
+    """Pages that a context-parallel rank needs for one layer: a page holds tokens of one sequence only."""
+    return sum(-(-tokens // cell.tokens_per_page) for tokens in cached_tokens(cell, cp_rank))
+
+
 def pool_bytes(cell: Cell, cp_rank: int) -> int:
     """All pages of one layer on a context-parallel rank."""
     size = cell.tokens_per_page
-    pages = max(sum(-(-tokens // size) for tokens in cached_tokens(cell, cp_rank)), -(-(cell.cache_tokens or 0) // size))
+    pages = max(cached_pages(cell, cp_rank), -(-(cell.cache_tokens or 0) // size))
     return pages * size * cache_row_bytes(cell, cp_rank)
 
 

@@ -244,7 +244,7 @@ def _holders(bad_N: Tensor, cell: Cell) -> str:
 
 def _rows_of(rank: int, cell: Cell, device: torch.device) -> Tensor:
     """Places in the packed batch of the tokens of a context-parallel rank."""
-    return row_index(cell.packed_tokens(tuple(block for step in cell.steps for block in step.split.ranks[rank])), device)
+    return row_index(cell.packed_tokens(cell.blocks(rank)), device)
 
 
 def _max_error(rows: Tensor, truth: Tensor) -> float:

@@ -63,7 +63,7 @@ class OneDevice:
         starts = [0, *accumulate(cell.prefixes)]
         rows = torch.empty_like(q_THD)
         for rank in range(cell.layout.cp):
-            blocks = tuple(block for step in cell.steps for block in step.split.ranks[rank])
+            blocks = cell.blocks(rank)
             before = STRATEGIES[cell.strategy].cached(cell.steps[0], rank)
             tokens = row_index(cell.packed_tokens(blocks), self.device)
             prefix = row_index([packed(block, starts[block.sequence]) for block, _ in cached_rows(before)], self.device)

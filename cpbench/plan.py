@@ -17,7 +17,7 @@ from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
-from cpbench.formulas import cached_tokens, flops, live_bytes
+from cpbench.formulas import cached_pages, flops, live_bytes
 from cpbench.kernels import load_kernel
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import load_config
@@ -143,7 +143,7 @@ def _memory_reason(cell: Cell) -> str | None:
     if cell.cache_tokens is None:
         return None
     size = cell.tokens_per_page
-    needed = size * max(sum(-(-tokens // size) for tokens in cached_tokens(cell, rank)) for rank in range(cp))
+    needed = size * max(cached_pages(cell, rank) for rank in range(cp))
     if needed <= -(-cell.cache_tokens // size) * size:
         return None
     near = f"the nearest valid value is cache_tokens={needed}"

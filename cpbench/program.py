@@ -91,8 +91,7 @@ class Program:
         self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
         self.heads = HeadSlice.of(cell.config, groups.tp.rank, groups.tp.size)
         self.buffers, self.scale = Buffers(), cell.config.head_dim**-0.5
-        blocks = tuple(block for step in cell.steps for block in step.split.ranks[groups.cp.rank])
-        self.tokens = row_index(cell.packed_tokens(blocks), device)
+        self.tokens = row_index(cell.packed_tokens(cell.blocks(groups.cp.rank)), device)
         self.cache, caches = self._cache()
         self.stages = self._stages(kernel, caches)
         self.communicator = Communicator(groups)

@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 class Kernel(ABC):
     """One attention implementation on one device.
 
-    `varlen`: several sequences are one launch. `page_multiple`: pages are read where they lie if their rows are a multiple of it; None:
+    `page_multiple`: pages are read where they lie if their rows are a multiple of it; None:
     never.
     """
 
     name: str
     summary: str
-    varlen: bool = False
     page_multiple: int | None = None
 
     @abstractmethod

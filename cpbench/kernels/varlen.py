@@ -29,8 +29,6 @@ KEPT_LENGTHS = 4096
 class VarlenKernel(Kernel):
     """A kernel whose own call is the varlen one, with a causal mask aligned to the bottom right of each sequence."""
 
-    varlen = True
-
     @abstractmethod
     def varlen_block(
         self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, cu_q: Sequence[int], cu_k: Sequence[int], scale: float, causal: bool

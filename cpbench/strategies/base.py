@@ -55,6 +55,7 @@ class Strategy(ABC):
     summary: str
     partitions: tuple[str, ...]  # the first is the default
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
+    divides_group = False  # True: a hybrid, for layouts that cut the group in two
     brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
 
     def available(self, device: str, dtype: str) -> str | None:
@@ -65,7 +66,7 @@ class Strategy(ABC):
         """Why this cell cannot run, with the nearest valid value; None if it can."""
         if cell.partition not in self.partitions:
             return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
-        if cell.layout.ulysses > 1:
+        if cell.layout.ulysses > 1 and not self.divides_group:
             return f"{self.name} does not divide its group as {cell.layout} says; use usp or the layout cp{cell.layout.cp}"
         return None
 

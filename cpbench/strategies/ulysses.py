@@ -12,6 +12,7 @@ q and K|V travel as two collectives because K|V is what a rank keeps: all tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from cpbench.segments import PlacedBlock, Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, row_index
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from cpbench.distributed.collectives import Group
@@ -51,6 +53,12 @@ def undivided_heads(cell: Cell, axis: str, degree: int) -> str | None:
         return None
     near = nearest_divisor(degree, cell.heads)
     return f"{cell.heads} query heads per tensor-parallel rank do not divide over {axis}={degree}; the nearest degree is {axis}={near}"
+
+
+@lru_cache(maxsize=2)
+def _order_index(order: tuple[range, ...], device: torch.device) -> Tensor:
+    """The order as an index tensor. Kept, because every layer needs it on the way there and on the way back."""
+    return row_index(order, device)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Exchange:
         kv_in_flight.wait()
         q_in_flight.wait()
         if self.order is not None:
-            index = row_index(self.order, q_nHD.device)
+            index = _order_index(self.order, q_nHD.device)
             kv_all[self.cached_rows :].index_copy_(0, index, kv_new)
             q_new = get("comm_q_order", tuple(q_new.shape), q_nHD).index_copy_(0, index, q_new)
         context.cache.write(layer, kv_all)
@@ -95,7 +103,7 @@ class Exchange:
     def to_tokens(self, out_NhE: Tensor, context: Context, group: Group) -> Tensor:
         """Every head of this rank's tokens: [n, H, E]. Received by source rank, that is by head shard."""
         if self.order is not None:
-            out_NhE = out_NhE.index_select(0, row_index(self.order, out_NhE.device))
+            out_NhE = out_NhE.index_select(0, _order_index(self.order, out_NhE.device))
         size, n = group.size, self.rows[group.rank]
         by_source = context.buffers.get("comm_out", (size, n, *out_NhE.shape[1:]), out_NhE)
         group.all_to_all(by_source.flatten(0, 1), out_NhE.contiguous(), [n] * size, self.rows).wait()

@@ -42,11 +42,10 @@ class Usp(Strategy):
     name = "usp"
     summary = "Ulysses among neighbours, a ring between them: --strategy u4r2 or a layout such as cp8u4 gives the degrees"
     partitions = ("zigzag", "contiguous", "interleave")
+    divides_group = True
 
     def check(self, cell: Cell) -> str | None:
-        if cell.partition not in self.partitions:
-            return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
-        return undivided_heads(cell, "u", cell.layout.ulysses)
+        return super().check(cell) or undivided_heads(cell, "u", cell.layout.ulysses)
 
     def cached(self, cell: Cell, rank: int) -> Blocks:
         return spread_cache(cell, cell.layout.ring, rank // cell.layout.ulysses)
