@@ -187,6 +187,25 @@ def list_(what: options.LIST = None) -> int:
     return 0
 
 
+@app.command("layout")
+def layout_(names: options.NAMES, as_json: options.JSON = False) -> int:
+    """Show parallel layouts: which rank sits where, and which ranks talk on which axis."""
+    import json
+
+    from cpbench.layout import Layout
+    from cpbench.report import console
+    from cpbench.report.layout_view import layout_json, layout_view
+
+    layouts = [Layout.parse(name) for name in names]
+    if as_json:
+        console.show_json(json.dumps([layout_json(layout) for layout in layouts], indent=1))
+        return 0
+    out = console.output()
+    for number, layout in enumerate(layouts):
+        console.show(out, [*([""] if number else []), *layout_view(layout, out.width)])
+    return 0
+
+
 @app.command()
 def doctor() -> int:
     """Check this machine: can it run a sweep, and on what? Exit code 1 if it cannot."""

@@ -1,8 +1,10 @@
 """A parallel layout: how many ranks each axis has, its name, which rank sits where, and which ranks talk on which axis.
 
-Pure data: no torch, no process group. Ranks are numbered with the last axis of AXES varying fastest, so the ranks of one
-tensor-parallel group are neighbours (attention order CP > TP, as in SGLang and Megatron). What a *strategy* can do with a layout is
-the strategy's business; this module only knows sizes and ranks.
+Pure data: no torch, no process group. Ranks are numbered with the last axis varying fastest, pipeline stages outermost. The ranks of a
+stage are divided twice, each time into all of them: for attention as DP > CP > TP, and for experts as DP > EP > TP (SGLang PR 17213,
+whose tp_size is the ranks of a stage here). What a model, a strategy or an engine can do with a layout is not decided here.
+
+    pp2dp2cp4tp2/ep8tp2    2 stages of 16 ranks; attention 2 x 4 x 2; experts over 8, each cut in 2
 
 A hybrid cuts the context-parallel axis in two: `cp8u4` is Ulysses over 4 neighbours inside a ring of 2, so context rank 5 is ring
 place 1, Ulysses place 1.
@@ -11,103 +13,225 @@ place 1, Ulysses place 1.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
-from math import prod
+from math import log, prod
 
 from cpbench.errors import CpbenchError
 
-AXES = ("cp", "tp")  # outermost first
+AXES = ("pp", "dp", "cp", "tp")  # outermost first
 INNER_AXES = ("ring", "ulysses")  # the two parts of cp in a hybrid, outermost first
-NAMES = {"cp": "cp", "u": "ulysses", "tp": "tp"}  # in the name of a layout, in this order
+MOE_AXES = ("moe_dp", "ep", "moe_tp")  # the ranks of a stage once more, outermost first
+NAMES = {"pp": "pp", "dp": "dp", "cp": "cp", "u": "ulysses", "tp": "tp"}  # in the name of a layout, in this order
+MOE_NAMES = {"dp": "moe_dp", "ep": "ep", "tp": "moe_tp"}  # behind its slash
 MAX_RANKS = 1024
+HINT = f"Join axis names ({', '.join(NAMES)}) and sizes, for example cp4tp2, cp8u4 or cp2tp4/ep4tp2."
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where a rank sits: its pipeline stage, and its place in the stage by attention axes and by expert axes."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+    moe_dp: int
+    ep: int
+    moe_tp: int
 
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """Sizes of the parallel axes. `str(layout)` is its canonical name and `Layout.parse` reads it back."""
+    """Sizes of the parallel axes. `str(layout)` is its canonical name and `Layout.parse` reads it back.
 
+    `moe_tp` may be left out: the experts are then cut over all ranks that the other expert axes leave. Raises CpbenchError where the
+    sizes do not multiply to the same number of ranks.
+    """
+
+    pp: int = 1
+    dp: int = 1
     cp: int = 1
     tp: int = 1
     ulysses: int = 1  # neighbours of the cp axis that a hybrid exchanges heads over; the rest of cp is its ring
+    moe_dp: int = 1
+    ep: int = 1
+    moe_tp: int = 0  # 0: the rest of the stage
 
     def __post_init__(self) -> None:
         for name, field in NAMES.items():
-            size = getattr(self, field)
-            if not 1 <= size <= MAX_RANKS:
-                near = min(max(size, 1), MAX_RANKS)
-                raise CpbenchError(f"{name}={size} is not a size.", f"Axis sizes go from 1 to {MAX_RANKS}; the nearest is {name}={near}.")
+            _require_size(name, getattr(self, field))
+        for name, field in MOE_NAMES.items():
+            if field != "moe_tp" or self.moe_tp:
+                _require_size(f"/{name}", getattr(self, field))
         if self.cp % self.ulysses:
             near = nearest_divisor(self.ulysses, self.cp)
             raise CpbenchError(f"u={self.ulysses} does not divide cp={self.cp}.", f"The nearest valid value is u={near}.")
         if self.world_size > MAX_RANKS:
-            raise CpbenchError(f"{self} has {self.world_size} ranks.", f"At most {MAX_RANKS} ranks are supported.")
+            raise CpbenchError(f"{self._attention_name} has {self.world_size} ranks.", f"At most {MAX_RANKS} ranks are supported.")
+        if self.moe_tp == 0 and self.stage_size % (self.moe_dp * self.ep) == 0:
+            object.__setattr__(self, "moe_tp", self.stage_size // (self.moe_dp * self.ep))
+        if self.moe_dp * self.ep * self.moe_tp != self.stage_size:
+            raise self._unequal_products()
+
+    def _unequal_products(self) -> CpbenchError:
+        sizes = {name: getattr(self, field) for name, field in MOE_NAMES.items()}
+        asked = "".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "tp1"
+        ranks = self.moe_dp * self.ep * max(1, self.moe_tp)
+        rest = f"the expert axes /{asked} are {ranks} {_ranks(ranks)}" if self.moe_tp else f"the expert axes /{asked} do not divide them"
+        near = min(_splits(self.stage_size, 3), key=lambda found: (_distance(found, (self.moe_dp, self.ep, self.moe_tp)), found))
+        stage = "A stage of " if self.pp > 1 else ""
+        nearest = replace(self, moe_dp=near[0], ep=near[1], moe_tp=near[2])
+        size = self.stage_size
+        return CpbenchError(f"{stage}{self._attention_name} has {size} {_ranks(size)}, and {rest}.", f"The nearest valid layout is {nearest}.")
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Of the attention axes, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def world_size(self) -> int:
-        return prod(self.sizes.values())
+        return self.pp * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.dp * self.cp * self.tp
 
     @property
     def ring(self) -> int:
         """Places of a hybrid's ring."""
         return self.cp // self.ulysses
 
+    @property
+    def divides_experts(self) -> bool:
+        """Whether experts are divided otherwise than over all ranks of a stage with tensor parallelism, as they are by default."""
+        return self.moe_tp != self.stage_size
+
+    @property
+    def _attention_name(self) -> str:
+        return "".join(f"{name}{getattr(self, field)}" for name, field in NAMES.items() if getattr(self, field) > 1) or "cp1"
+
     def __str__(self) -> str:
-        named = [f"{name}{getattr(self, field)}" for name, field in NAMES.items() if getattr(self, field) > 1]
-        return "".join(named) or "cp1"
+        if not self.divides_experts:
+            return self._attention_name
+        return f"{self._attention_name}/" + "".join(f"{name}{getattr(self, field)}" for name, field in MOE_NAMES.items() if getattr(self, field) > 1)
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """Read `tp2cp4`: axes in any order, each at most once. Raises CpbenchError."""
-        parts = re.findall(r"([a-z]+)(\d{1,6})", name)
-        hint = f"Join axis names ({', '.join(NAMES)}) and sizes, for example cp4tp2 or cp8u4."
-        if not parts or "".join(axis + size for axis, size in parts) != name:
-            raise CpbenchError(f"{name[:40]!r} is not a layout.", hint)
-        axes = [axis for axis, _ in parts]
-        for axis in axes:
-            if axis not in NAMES:
-                raise CpbenchError(f"Layout {name!r} names the unknown axis {axis!r}.", hint)
-            if axes.count(axis) > 1:
-                raise CpbenchError(f"Layout {name!r} names the axis {axis!r} twice.", hint)
-        return cls(**{NAMES[axis]: int(size) for axis, size in parts})
+        """Read `cp4tp2` or `cp2tp4/ep4tp2`: axes in any order, each at most once. Raises CpbenchError."""
+        attention, slash, experts = name.partition("/")
+        sizes = _parse(attention, name, NAMES)
+        if not slash:
+            return cls(**sizes)
+        expert_sizes = {"moe_tp": 1, **_parse(experts, name, MOE_NAMES)}
+        _require_size("/tp", expert_sizes["moe_tp"])  # in a name, 0 is not the rest of the stage
+        return cls(**sizes, **expert_sizes)
 
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Where a global rank sits on each axis. The last axis varies fastest."""
+    def size(self, axis: str) -> int:
+        """Ranks along any axis, inner axis or expert axis."""
+        found: int = getattr(self, axis)
+        return found
+
+    def stride(self, axis: str) -> int:
+        """How far apart in global ranks two neighbours on an axis are."""
+        order = (*AXES[:2], *INNER_AXES, *AXES[3:]) if axis in INNER_AXES else ("pp", *MOE_AXES) if axis in MOE_AXES else AXES
+        return prod(self.size(inner) for inner in order[order.index(axis) + 1 :])
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a global rank sits. Raises ValueError for a rank that the layout does not have."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the {self.world_size} ranks of {self}")
-        place: dict[str, int] = {}
-        for axis in reversed(AXES):
-            rank, place[axis] = divmod(rank, getattr(self, axis))
-        return {axis: place[axis] for axis in AXES}
+        return Coordinates(**{axis: rank // self.stride(axis) % self.size(axis) for axis in (*AXES, *MOE_AXES)})
 
-    def rank_of(self, **place: int) -> int:
-        """The global rank at the given coordinates (axes that are not named are at 0)."""
-        rank = 0
-        for axis in AXES:
-            rank = rank * getattr(self, axis) + place.get(axis, 0)
-        return rank
+    def rank_of(self, pp: int = 0, dp: int = 0, cp: int = 0, tp: int = 0) -> int:
+        """The global rank at these coordinates."""
+        return ((pp * self.dp + dp) * self.cp + cp) * self.tp + tp
 
-    def groups(self, axis: str) -> tuple[tuple[int, ...], ...]:
-        """All rank lists of an axis or inner axis: ranks that differ in this coordinate only, in the order of the coordinate."""
-        if axis in INNER_AXES:
-            return tuple(part for ranks in self.groups("cp") for part in self._inner(axis, ranks))
-        others = [range(size) for name, size in self.sizes.items() if name != axis]
-        names = [name for name in AXES if name != axis]
-        return tuple(
-            tuple(self.rank_of(**dict(zip(names, place, strict=True)), **{axis: index}) for index in range(getattr(self, axis))) for place in product(*others)
-        )
+    def groups(self, *axes: str) -> tuple[tuple[int, ...], ...]:
+        """All rank lists of an axis, inner axis or expert axis, or of several together: ranks that differ in these coordinates only.
 
-    def _inner(self, axis: str, ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """A context-parallel group cut into its Ulysses groups (neighbours) or its rings (every `ulysses`-th rank)."""
-        if axis == "ulysses":
-            return [ranks[first : first + self.ulysses] for first in range(0, self.cp, self.ulysses)]
-        return [ranks[place :: self.ulysses] for place in range(self.ulysses)]
+        A list is in the order of the coordinates, the lists are in the order of their first rank. "stage" is a pipeline stage.
+        """
+        return _groups(self.world_size, tuple((self.stride(axis), self.size(axis)) for axis in (AXES[1:] if axes == ("stage",) else axes)))
+
+
+@lru_cache(maxsize=4096)
+def _groups(world_size: int, axes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], ...]:
+    """Rank lists of axes given as (stride, size)."""
+    offsets = [sum(place * stride for place, (stride, _) in zip(places, axes, strict=True)) for places in product(*(range(size) for _, size in axes))]
+    firsts = (rank for rank in range(world_size) if all(rank // stride % size == 0 for stride, size in axes))
+    return tuple(tuple(first + offset for offset in offsets) for first in firsts)
+
+
+def _require_size(name: str, size: int) -> None:
+    if not 1 <= size <= MAX_RANKS:
+        near = min(max(size, 1), MAX_RANKS)
+        raise CpbenchError(f"{name}={size} is not a size.", f"Axis sizes go from 1 to {MAX_RANKS}; the nearest is {name}={near}.")
+
+
+def _parse(text: str, name: str, axes: dict[str, str]) -> dict[str, int]:
+    """Sizes by field from one side of a name. Raises CpbenchError."""
+    parts = re.findall(r"([a-z]+)([0-9]{1,6})", text)
+    if not parts or "".join(axis + size for axis, size in parts) != text:
+        raise CpbenchError(f"{name[:40]!r} is not a layout.", HINT)
+    found = [axis for axis, _ in parts]
+    for axis in found:
+        if axis not in axes:
+            where = "in front of" if axes is NAMES else "behind"
+            hint = HINT if axis not in (*NAMES, *MOE_NAMES) else f"The axes {where} the slash are {', '.join(axes)}; for example cp2tp4/ep4tp2."
+            raise CpbenchError(f"Layout {name[:40]!r} names the unknown axis {axis!r}.", hint)
+        if found.count(axis) > 1:
+            raise CpbenchError(f"Layout {name[:40]!r} names the axis {axis!r} twice.", HINT)
+    return {axes[axis]: int(size) for axis, size in parts}
+
+
+def all_layouts(ranks: int, experts: bool = False) -> Iterator[Layout]:
+    """Every layout of so many ranks, those that differ only in expert axes too if there are `experts`. The degrees of hybrids are 1."""
+    for pp, dp, cp, tp in _splits(ranks, 4):
+        for moe_dp, ep, moe_tp in _splits(dp * cp * tp, 3) if experts else [(1, 1, 0)]:
+            yield Layout(pp, dp, cp, tp, 1, moe_dp, ep, moe_tp)
+
+
+def engine_notes(layout: Layout) -> list[str]:
+    """What a serving engine forbids for its own reasons, where this layout does it; cpbench runs it all the same. From SGLang's sources."""
+    notes = []
+    if layout.pp > 1 and layout.cp > 1:
+        notes.append("SGLang 0.5.9 needs pp=1 with cp > 1; 0.5.12 and later do not.")
+    if layout.pp > 1 and layout.moe_dp > 1:
+        notes.append("SGLang needs pp=1 where the experts are data-parallel (/dp > 1).")
+    if layout.ep > 1 and layout.moe_tp > 1:
+        notes.append("SGLang needs ep x moe_dp to be all ranks of a stage where ep > 1: it does not cut an expert (/tp > 1) then.")
+    if layout.moe_dp not in (1, layout.cp):
+        notes.append("SGLang 0.5.12 and later need moe_dp = 1 or moe_dp = cp.")
+    return notes
 
 
 def nearest_divisor(size: int, of: int) -> int:
     """The divisor of `of` nearest to `size` (the smaller one where two are as near)."""
-    return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: (abs(n - size), n))
+    return min(divisors(of), key=lambda n: (abs(n - size), n))
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@lru_cache(maxsize=1024)
+def _splits(number: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """Every way to write a number as an ordered product of so many factors."""
+    if parts == 1:
+        return ((number,),)
+    return tuple((first, *rest) for first in divisors(number) for rest in _splits(number // first, parts - 1))
+
+
+def _distance(sizes: tuple[int, ...], asked: tuple[int, ...]) -> float:
+    """How far sizes are from those asked for, in doublings; a size of 0 was not asked for."""
+    return sum(abs(log(size / wanted, 2)) for size, wanted in zip(sizes, asked, strict=True) if wanted)
+
+
+def _ranks(count: int) -> str:
+    return "rank" if count == 1 else "ranks"

@@ -88,4 +88,5 @@ JSON = _flag(_OUTPUT, "--json", "Print JSON instead of a table.")
 QUIET = _flag(_OUTPUT, "--quiet -q", "Print only the result.")
 VERSION = _flag("Options", "--version", "Print the version and exit.")
 FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A result file, or the journal of an unfinished one.", show_default=False)]
+NAMES = Annotated[list[str], typer.Argument(metavar="NAME", help="Axes and sizes: cp4tp2, pp2cp4u2 (Ulysses 2), cp2tp4/ep4tp2 (experts).", show_default=False)]
 LIST = Annotated[str | None, typer.Argument(metavar="WHAT", help="strategies, kernels, models or partitions; all without it.", show_default=False)]
