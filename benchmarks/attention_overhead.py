@@ -65,7 +65,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     start_process_groups(torch.device("cpu"))
     rank = int(os.environ["RANK"])
-    mesh = Mesh(rank, 2)
+    mesh = Mesh(rank, 2, "cpu")
     groups = mesh.groups(Layout(cp=2))
     ours = options.strategies.split(",")
     rivals = [name for name in options.against.split(",") if name]
@@ -102,7 +102,7 @@ def reference(shape: str, groups: Groups) -> Callable[[], None]:
     blocks = 8 if tokens >= 32768 else 4
     ends = [tokens * index // blocks for index in range(blocks + 1)]
     plan = tuple(Segment(Span(a, b), (Span(0, a),) if a else (), Span(a, b)) for a, b in pairwise(ends))
-    program.stages[0] = replace(program.stages[0], attention=replace(program.stages[0].attention, plan=plan))
+    program.steps[0] = replace(program.steps[0], attention=replace(program.steps[0].attention, plan=plan))
 
     def run() -> None:
         torch.set_num_threads(2)

@@ -38,7 +38,7 @@ def rival(name: str, ours: Program) -> Callable[[], Tensor]:
         raise SystemExit(f"{name} needs the package {absent[0]}: pip install --no-deps ring-flash-attn yunchang")
     install_flash_attn()
     q, k, v = (x.unsqueeze(0).contiguous() for x in ours.attention_inputs())
-    context = ours.stages[0].attention.context
+    context = ours.steps[0].attention.context
 
     def run() -> Tensor:
         return strategy.call(q, k, v, context)

@@ -17,9 +17,9 @@ from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
 from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES, INNER_AXES
-from cpbench.program import Models, Program
+from cpbench.program import Models, Output, Program
 
-OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "send_recv")  # all that a Group can do
+OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "send_recv")  # all that a Group can do
 COUNTED = tuple(product((*AXES, *INNER_AXES, "world"), OPERATIONS))
 
 
@@ -54,36 +54,68 @@ def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, mo
     output = program.run()
     received = _share(groups.recorder.reset(), groups)
     copies, lost = _collect(output.rows.flatten(1), program.tokens, cell, groups)
-    logits = None if output.first is None else _gather_columns(output.first.logits_BV, groups.tp)
+    prefill = cell.target == "prefill"
+    logits, first = (_collect_logits(output, cell, groups), first_tokens(output, cell, groups)) if prefill else (None, [])
     groups.recorder.reset()
-    return Answer(cell, copies, lost, received, logits, () if output.first is None else tuple(output.first.tokens))
+    return Answer(cell, copies, lost, received, logits, tuple(token for token, _ in first))
+
+
+def first_tokens(output: Output, cell: Cell, groups: Groups) -> list[tuple[int, float]]:
+    """(token, margin) of every sequence of the batch, on every rank: those that the last pipeline stage has, of all DP groups."""
+    found = [(0.0, 0.0)] * len(cell.lengths)
+    mine = [] if output.first is None else [float(value) for pair in zip(output.first.tokens, output.first.margins, strict=True) for value in pair]
+    width = 2 * max(len(part.sequences) for part in cell.parts)
+    everyone = groups.world.share(mine + [0.0] * (width - len(mine)))
+    for dp, part in enumerate(cell.parts):
+        values = everyone[cell.layout.rank_of(pp=cell.layout.pp - 1, dp=dp)]
+        for place, sequence in enumerate(part.sequences):
+            found[sequence] = values[2 * place], values[2 * place + 1]
+    return [(int(token), margin) for token, margin in found]
+
+
+def _collect_logits(output: Output, cell: Cell, groups: Groups) -> Tensor:
+    """Logits [batch, V] of the whole batch, on every rank: each DP group's rows from one rank of its last stage, and zeros from all others."""
+    logits_BV = torch.zeros(len(cell.lengths), cell.config.vocab, device=output.rows.device)
+    if output.first is not None:
+        whole = _gather_columns(output.first.logits_BV, groups.tp)
+        if groups.cp.rank == groups.tp.rank == 0:
+            logits_BV[list(cell.parts[groups.place.dp].sequences)] = whole
+    groups.world.all_reduce(logits_BV)
+    return logits_BV
 
 
 def _collect(rows_nM: Tensor, tokens: Tensor, cell: Cell, groups: Groups) -> tuple[dict[int, Tensor], int]:
     """The copies of the rows, and how many tokens no rank has.
 
-    Of attention alone, the heads of the tensor-parallel ranks lie side by side; else each of these ranks has a copy. So has each
-    context-parallel rank where tokens are replicated.
+    Of attention alone, the heads of the tensor-parallel ranks lie side by side, and every pipeline stage has a copy; else the last stage
+    has the rows, and each tensor-parallel rank a copy. So has each context-parallel rank of a group in which tokens are replicated.
     """
-    group = groups.world
+    layout, world = cell.layout, groups.world
     if cell.target == "attention":
-        rows_nM, group = _gather_columns(rows_nM, groups.tp), groups.cp
+        rows_nM = _gather_columns(rows_nM, groups.tp)
     padded = rows_nM.new_zeros(cell.max_rows, rows_nM.shape[1])
     padded[: rows_nM.shape[0]] = rows_nM
     places = torch.full((cell.max_rows,), -1, dtype=torch.int64, device=rows_nM.device)
-    places[: len(tokens)] = tokens
-    gathered = padded.new_empty(group.size * cell.max_rows, rows_nM.shape[1])
-    indices = places.new_empty(group.size * cell.max_rows)
-    group.all_gather(gathered, padded).wait()
-    group.all_gather(indices, places).wait()
-    replicated = all(step.split.replicated for step in cell.steps)
+    places[: len(rows_nM)] = tokens[: len(rows_nM)]
+    gathered = padded.new_empty(world.size * cell.max_rows, rows_nM.shape[1])
+    indices = places.new_empty(world.size * cell.max_rows)
+    world.all_gather(gathered, padded).wait()
+    world.all_gather(indices, places).wait()
+    rows_of, places_of = gathered.chunk(world.size), indices.chunk(world.size)
+    replicated = [bool(part.cell.steps) and all(step.split.replicated for step in part.cell.steps) for part in cell.parts]
+    attention = cell.target == "attention"
     copies: dict[int, Tensor] = {}
     held = torch.zeros(cell.tokens, dtype=torch.bool, device=rows_nM.device)
-    for rank, rows, index in zip(group.ranks, gathered.chunk(group.size), indices.chunk(group.size), strict=True):
-        first = rank if replicated else cell.layout.rank_of(tp=cell.layout.coordinates(rank)["tp"])
-        whole = copies.setdefault(first, rows.new_full((cell.tokens, rows.shape[1]), float("nan")))
-        whole[index[index >= 0]] = rows[index >= 0]
-        held[index[index >= 0]] = True
+    for pp, copy, tp in product(
+        range(layout.pp) if attention else [layout.pp - 1], range(layout.cp if any(replicated) else 1), [0] if attention else range(layout.tp)
+    ):
+        whole = copies.setdefault(layout.rank_of(pp=pp, cp=copy, tp=tp), rows_nM.new_full((cell.tokens, rows_nM.shape[1]), float("nan")))
+        for dp in range(layout.dp):
+            for cp in [copy] if replicated[dp] else range(layout.cp):
+                rank = layout.rank_of(pp, dp, cp, tp)
+                index = places_of[rank][places_of[rank] >= 0]
+                whole[index] = rows_of[rank][: len(index)]
+                held[index] = True
     return copies, int((~held).sum())
 
 

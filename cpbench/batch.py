@@ -72,3 +72,14 @@ def flag_batches(lengths: Sequence[str], prefixes: Sequence[str]) -> list[dict[s
 
 def _extremes(values: Sequence[int]) -> str:
     return "-".join(format_count(value) for value in sorted({min(values), max(values)}))
+
+
+def spread(lengths: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
+    """Which sequences each of `groups` gets, in the order of the batch: the longest is given away first, always to the group with fewest tokens."""
+    loads = [0] * groups
+    shares: list[list[int]] = [[] for _ in range(groups)]
+    for sequence in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        group = loads.index(min(loads))
+        loads[group] += lengths[sequence]
+        shares[group].append(sequence)
+    return tuple(tuple(sorted(share)) for share in shares)

@@ -1,7 +1,8 @@
 """One thing to measure: a cell of the sweep, with everything that changes the work written down.
 
 A cell is plain data that travels as JSON from the driver to the workers and into the result file. Its `id` is canonical: two cells
-with the same id do the same work. Whether a cell can run is decided in plan.py, and how it runs in worker.py.
+with the same id do the same work. With attention data parallelism a cell falls into parts, one for each group, that differ in their
+sequences and are cells too; strategies only ever see those. Whether a cell can run is decided in plan.py, and how it runs in worker.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from cpbench.batch import Batch
+from cpbench.batch import Batch, spread
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
-from cpbench.partition import Blocks, Split, packed, split, switched_off
+from cpbench.partition import Blocks, Split, cut, packed, split, switched_off
+from cpbench.sharding import TokenRows
 from cpbench.units import format_count
 
 TARGETS = ("prefill", "layer", "attention")
@@ -68,22 +70,38 @@ class Cell:
         return DTYPE_BYTES[self.dtype]
 
     @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What each attention-DP group runs: its sequences, the longest given away first, on the layout of one group of one stage."""
+        layout = replace(self.layout, pp=1, dp=1, moe_dp=1, ep=1, moe_tp=0)
+        if layout == self.layout:
+            return (Part(self, tuple(range(len(self.lengths)))),)
+        shares = spread(self.lengths, self.layout.dp)
+        chosen = [tuple(tuple(values[s] for s in sequences) for values in (self.lengths, self.prefixes)) for sequences in shares]
+        cells = [replace(self, layout=layout, lengths=lengths, prefixes=prefixes) for lengths, prefixes in chosen]
+        return tuple(Part(cell, sequences) for cell, sequences in zip(cells, shares, strict=True))
+
+    @cached_property
     def split(self) -> Split:
-        """The blocks of every context-parallel rank, for a cell that runs in one step."""
+        """The blocks of every context-parallel rank, for a part that runs in one step."""
         return split(self.partition, self.lengths, self.layout.cp, self.prefixes, self.layout.ulysses)
 
     @property
     def cp_off(self) -> str | None:
-        """Why context parallelism is off for this batch, decided from its lengths; None where it is on or was not asked for."""
-        return switched_off(self.partition, self.lengths, self.layout.cp)
+        """Why context parallelism is off for (a part of) this batch, decided from its lengths; None where it is on or was not asked for."""
+        if self.layout.dp > 1:
+            return next((part.cell.cp_off for part in self.parts if part.cell.cp_off), None)
+        return switched_off(self.partition, self.lengths, self.layout.cp) if self.lengths else None
 
     @cached_property
     def steps(self) -> tuple[Cell, ...]:
-        """The steps of a pass: this cell itself, or one cell per chunk, whose prefixes hold the chunks before.
+        """The steps of a pass of a part: the part itself, or one cell per chunk, whose prefixes hold the chunks before.
 
         A rest of fewer than 2*cp tokens is added to the chunk before it, so that a rest does not switch context parallelism off. Where it
-        is off, every rank computes every token without communication.
+        is off, every rank computes every token without communication. A part without sequences has no steps.
         """
+        assert self.layout.dp == 1, "the parts of a cell have steps"
+        if not self.lengths:
+            return ()
         if self.cp_off:
             return replace(self, strategy="none", partition="replicated").steps
         if self.chunk is None:
@@ -98,6 +116,21 @@ class Cell:
             earlier = (*earlier, lengths)
         return tuple(steps)
 
+    @cached_property
+    def token_rows(self) -> tuple[TokenRows, ...]:
+        """Of every step of a pass: how many tokens each rank of a stage holds. Groups that have fewer steps than others are idle at the end."""
+        steps = [part.cell.steps for part in self.parts]
+        found = []
+        for index in range(max(map(len, steps))):
+            splits = [mine[index].split if index < len(mine) else None for mine in steps]
+            rows = tuple(tuple(split.rows(rank) if split else 0 for rank in range(self.layout.cp)) for split in splits)
+            found.append(TokenRows(rows, tuple(split is not None and split.replicated for split in splits)))
+        return tuple(found)
+
+    def stage_layers(self, stage: int) -> range:
+        """The decoder layers of a pipeline stage. Where they do not divide, the first stages have one more."""
+        return range(*cut(self.layers, self.layout.pp)[stage])
+
     @property
     def paged(self) -> bool:
         """Whether K and V live in pages: where tokens are cached already, where chunks will be, or where it is asked for."""
@@ -109,17 +142,24 @@ class Cell:
 
     @cached_property
     def max_rows(self) -> int:
-        """The largest number of new tokens that a context-parallel rank holds over all steps."""
-        return max(sum(step.split.rows(rank) for step in self.steps) for rank in range(self.layout.cp))
+        """The largest number of new tokens that a rank holds over all steps."""
+        return max(sum(step.split.rows(rank) for step in part.cell.steps) for part in self.parts for rank in range(self.layout.cp))
 
     def blocks(self, cp_rank: int) -> Blocks:
-        """What a context-parallel rank holds, over all steps."""
+        """What a context-parallel rank of a part holds, over all steps."""
         return tuple(block for step in self.steps for block in step.split.ranks[cp_rank])
 
-    def packed_tokens(self, blocks: Blocks) -> list[range]:
-        """Index in the packed batch of new tokens of each row of the blocks, whichever step they belong to."""
-        starts = [0, *accumulate(self.lengths)]
-        return [packed(block, starts[block.sequence] - self.prefixes[block.sequence]) for block in blocks]
+    def tokens_of(self, dp_rank: int, cp_rank: int) -> list[range]:
+        """Where a rank's rows, over all steps, lie in the packed batch of new tokens."""
+        part = self.parts[dp_rank]
+        starts = (0, *accumulate(self.lengths))
+        origins = [starts[sequence] - prefix for sequence, prefix in zip(part.sequences, part.cell.prefixes, strict=True)]
+        return [packed(block, origins[block.sequence]) for block in part.cell.blocks(cp_rank)]
+
+    def cached_tokens_of(self, dp_rank: int, blocks: Blocks) -> list[range]:
+        """A number for every token of cached blocks of a part: their place among all cached tokens of the batch."""
+        starts = (0, *accumulate(self.prefixes))
+        return [packed(block, starts[self.parts[dp_rank].sequences[block.sequence]]) for block in blocks]
 
     @property
     def heads(self) -> int:
@@ -188,6 +228,14 @@ class Cell:
             prefixes=tuple(data.get("prefixes", ())),
             **data["options"],
         )
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one attention-DP group runs, and which sequences of the whole batch these are. A part may have none."""
+
+    cell: Cell
+    sequences: tuple[int, ...]
 
 
 def _chunks(length: int, chunk: int, shortest: int) -> list[int]:

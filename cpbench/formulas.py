@@ -8,34 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
+from cpbench.layout import Coordinates
+from cpbench.sharding import ATTENTION, DENSE_MLP, VOCABULARY, TokenRows, exchange
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import row_values
 
 
 def score_pairs(cell: Cell, rank: int) -> int:
     """Score pairs of one layer on a global rank, summed over its query heads and the steps of a pass."""
-    return sum(STRATEGIES[step.strategy].score_pairs(step, cell.layout.coordinates(rank)["cp"]) for step in cell.steps)
+    place = cell.layout.coordinates(rank)
+    return sum(STRATEGIES[step.strategy].score_pairs(step, place.cp) for step in cell.parts[place.dp].cell.steps)
 
 
 def new_rows(cell: Cell, rank: int) -> int:
     """New tokens that a global rank holds, over all steps."""
-    return sum(step.split.rows(cell.layout.coordinates(rank)["cp"]) for step in cell.steps)
+    place = cell.layout.coordinates(rank)
+    return sum(rows.rows[place.dp][place.cp] for rows in cell.token_rows)
 
 
 def flops_of_rank(cell: Cell, rank: int) -> int:
     """Floating-point operations of one pass on a global rank: two per multiply-add, no masked score counted."""
-    config, rows = cell.config, new_rows(cell, rank)
+    config, rows, place = cell.config, new_rows(cell, rank), cell.layout.coordinates(rank)
     attention = 4 * config.head_dim * score_pairs(cell, rank)
     if cell.target == "attention":
         return attention
     projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
-    mlp = 6 * rows * config.hidden * config.intermediate // cell.layout.tp
-    layers = (attention + projections + mlp) * cell.layers
-    head = 2 * len(cell.lengths) * config.hidden * config.vocab // cell.layout.tp
-    return layers + (head if cell.target == "prefill" else 0)
+    mlp = sum(6 * mlp_rows(cell, step, place) * config.hidden * mlp_columns(cell) for step in cell.token_rows)
+    layers = (attention + projections + mlp) * len(cell.stage_layers(place.pp))
+    head = 2 * len(cell.parts[place.dp].sequences) * config.hidden * config.vocab // cell.layout.tp
+    return layers + (head if cell.target == "prefill" and place.pp == cell.layout.pp - 1 else 0)
+
+
+def mlp_columns(cell: Cell) -> int:
+    """Columns of the feed-forward block on one rank."""
+    return cell.config.intermediate // prod(cell.layout.size(axis) for axis in DENSE_MLP)
+
+
+def mlp_rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
+    """Tokens that the feed-forward block of a rank sees in a step: its own, or those gathered."""
+    gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
+    return sum(gathers[-1].rows) if gathers else step.rows[place.dp][place.cp]
 
 
 def flops(cell: Cell) -> int:
@@ -43,6 +59,10 @@ def flops(cell: Cell) -> int:
 
     Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each.
     """
+    return sum(_flops_of_part(part.cell) for part in cell.parts)
+
+
+def _flops_of_part(cell: Cell) -> int:
     config, layout = cell.config, cell.layout
     pairs = sum(n * prefix + n * (n + 1) // 2 for n, prefix in zip(cell.lengths, cell.prefixes, strict=True))
     attention = 4 * config.head_dim * pairs * cell.heads * (layout.cp if cell.cp_off else 1)
@@ -57,56 +77,82 @@ def flops(cell: Cell) -> int:
 
 def traffic(cell: Cell, rank: int) -> Traffic:
     """What a global rank receives in one pass."""
-    total = Traffic()
-    for step in cell.steps:
-        total += _traffic_of_step(step, rank)
-    layout, config = cell.layout, cell.config
-    if cell.target == "prefill":
-        batch = len(cell.lengths)
-        if layout.cp > 1 and not cell.steps[-1].split.replicated:
+    place, layout, config = cell.layout.coordinates(rank), cell.layout, cell.config
+    part, total = cell.parts[place.dp].cell, Traffic()
+    for index, rows in enumerate(cell.token_rows):
+        if index < len(part.steps):
+            total += _attention_traffic(part.steps[index], place.cp).times(1 if cell.target == "attention" else len(cell.stage_layers(place.pp)))
+        if cell.target != "attention":
+            total += _decoder_traffic(cell, rows, place)
+    if cell.target == "prefill" and place.pp == layout.pp - 1 and part.steps:
+        batch = len(part.lengths)
+        if layout.cp > 1 and not part.steps[-1].split.replicated:
             total.add("cp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.cp - 1) // layout.cp)
         if layout.tp > 1:
             total.add("tp", "all_gather", (layout.tp - 1) * batch * 4 * 8)  # two values and two indices in fp64
     return total
 
 
-def _traffic_of_step(step: Cell, rank: int) -> Traffic:
-    """The layers and the embedding of one step."""
-    cp_rank, layout = step.layout.coordinates(rank)["cp"], step.layout
-    strategy = STRATEGIES[step.strategy].traffic(step, cp_rank)
-    if step.target == "attention":
-        return strategy
-    total = strategy.times(step.layers)
-    if layout.tp > 1:
-        partial = 2 * (step.split.rows(cp_rank) * step.config.hidden * step.element_bytes) * (layout.tp - 1) // layout.tp
-        reductions = 2 * step.layers + (1 if step.target == "prefill" else 0)
-        total.add("tp", "all_reduce", partial * reductions, reductions)
+def _attention_traffic(step: Cell, cp_rank: int) -> Traffic:
+    return STRATEGIES[step.strategy].traffic(step, cp_rank)
+
+
+def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates) -> Traffic:
+    """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
+    layers, mine, total = len(cell.stage_layers(place.pp)), step.rows[place.dp][place.cp], Traffic()
+    row = cell.config.hidden * cell.element_bytes
+    blocks = [(ATTENTION, layers), (DENSE_MLP, layers)] if mine else [(DENSE_MLP, layers)]
+    if cell.target == "prefill" and place.pp == 0 and mine:
+        blocks.append((VOCABULARY, 1))
+    for weights, calls in blocks:
+        plan = exchange(cell.layout, place, step, weights)
+        for gather in plan.gathers:
+            own = gather.rows[getattr(place, gather.axis)]
+            total.add(gather.axis, "all_gather", calls * (sum(gather.rows) - own) * row, calls)
+            total.add(gather.axis, "reduce_scatter", calls * own * (len(gather.rows) - 1) * row, calls)
+        for axis in plan.sums if mine else ():
+            size = cell.layout.size(axis)
+            total.add(axis, "all_reduce", calls * (2 * mine * row * (size - 1) // size), calls)
+    if cell.target == "prefill" and place.pp > 0 and mine:
+        total.add("pp", "send_recv", mine * row)
     return total
 
 
-def live_bytes(cell: Cell, rank: int, steps: Iterable[Cell] = ()) -> int:
+def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
     """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer in any step.
 
-    With `steps`, only these of the cell's are looked at: an estimate where there are hundreds.
+    With `steps`, only those of the cell's are looked at: an estimate where there are hundreds.
     """
-    cp_rank, config, size = cell.layout.coordinates(rank)["cp"], cell.config, cell.element_bytes
-    costs = [_step_bytes(step, cp_rank) for step in tuple(steps) or cell.steps]
-    layers = 1 if cell.target == "attention" or cell.kv_cache == "drop" else cell.layers
-    kept = pool_bytes(cell, cp_rank) if cell.paged else max(cost.kept for cost in costs)
+    place, config, size = cell.layout.coordinates(rank), cell.config, cell.element_bytes
+    part, layers = cell.parts[place.dp].cell, cell.stage_layers(place.pp)
+    chosen = sorted(steps) or range(len(cell.token_rows))
+    costs = [_step_bytes(part.steps[index], place.cp) for index in chosen if index < len(part.steps)] or [_StepBytes(0, (), 0)]
+    copies = 1 if cell.target == "attention" or cell.kv_cache == "drop" else len(layers)
+    kept = pool_bytes(part, place.cp) if part.paged and part.steps else max(cost.kept for cost in costs)
     buffers: int = sum(max(sizes) for sizes in zip(*(cost.buffers for cost in costs), strict=True))
-    fixed = kept * layers + buffers + max(cost.moment for cost in costs)
+    fixed = kept * copies + buffers
+    attention = max(cost.moment for cost in costs)
     rows = new_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
-        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(cell.steps) > 1 else 0)
-        return fixed + inputs * size
-    hidden = rows if cell.target == "layer" else max(step.split.rows(cp_rank) for step in cell.steps)
-    angles = max(step.split.rows(cp_rank) for step in cell.steps) * config.head_dim * 4  # cos and sin in fp32, half a head each
-    return fixed + weights_bytes(cell) + hidden * config.hidden * size + angles
+        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
+        return fixed + attention + inputs * size
+    largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
+    moment = max(attention, *(_mlp_bytes(cell, cell.token_rows[index], place) for index in chosen))
+    hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
+    angles = largest * config.head_dim * 4  # cos and sin in fp32, half a head each
+    return fixed + moment + weights_bytes(cell, rank) + hidden + angles
+
+
+def _hidden_tensors(cell: Cell, place: Coordinates) -> int:
+    """Hidden states of how many steps are alive on a stage: the one at hand, one that is on its way out, one that comes in."""
+    if len(cell.token_rows) == 1:
+        return 1
+    return 1 + (place.pp < cell.layout.pp - 1) + (place.pp > 0)
 
 
 @dataclass(frozen=True)
 class _StepBytes:
-    """Kept by each layer where nothing is paged, buffers that all layers reuse, and what is alive at the largest moment of a layer."""
+    """Kept by each layer where nothing is paged, buffers that all layers reuse, and what is alive at the largest moment of the attention block."""
 
     kept: int
     buffers: tuple[int, ...]
@@ -131,8 +177,20 @@ def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
     q, residual = n * step.heads * config.head_dim * size, n * config.hidden * size
     project = residual + q + n * row  # normed rows and packed q, k, v
     rotate = q + n * row + q
-    feed_forward = residual + 2 * n * config.intermediate // step.layout.tp * size
-    return _StepBytes(kept, buffers, max(project, rotate, q + attend, q + residual, feed_forward))
+    return _StepBytes(kept, buffers, max(project, rotate, q + attend, q + residual))
+
+
+def _mlp_bytes(cell: Cell, step: TokenRows, place: Coordinates) -> int:
+    """Alive at the largest moment of the feed-forward block: gathering, computing, or scattering its sums."""
+    row, rows = cell.config.hidden * cell.element_bytes, mlp_rows(cell, step, place)
+    compute = rows * row + 2 * rows * mlp_columns(cell) * cell.element_bytes
+    gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
+    moments, before = [compute], step.rows[place.dp][place.cp]
+    for gather in gathers:
+        moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
+        moments.append((sum(gather.rows) + before * (1 + len(gather.rows))) * row)  # partial sums, what is received, its sum
+        before = sum(gather.rows)
+    return max(moments)
 
 
 def cached_tokens(cell: Cell, cp_rank: int) -> list[int]:
@@ -164,12 +222,14 @@ def pool_bytes(cell: Cell, cp_rank: int) -> int:
     return pages * size * cache_row_bytes(cell, cp_rank)
 
 
-def weights_bytes(cell: Cell) -> int:
-    """Parameters of one rank in bytes: layers, and for prefill the embedding and head shards."""
-    config, tp = cell.config, cell.layout.tp
+def weights_bytes(cell: Cell, rank: int = 0) -> int:
+    """Parameters of one rank in bytes: its stage's layers, and for prefill the embedding of the first stage and the head of the last."""
+    config, place, layout = cell.config, cell.layout.coordinates(rank), cell.layout
     attention = config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
     bias = config.head_dim * (cell.heads + 2 * cell.kv_heads) if config.qkv_bias else 0
     norms = 2 * config.hidden + (2 * config.head_dim if config.qk_norm else 0)
-    layer = attention + bias + norms + 3 * config.hidden * config.intermediate // tp
-    ends = config.hidden * (1 + config.vocab // tp * (1 if config.tied_embeddings else 2)) if cell.target == "prefill" else 0
-    return (layer * cell.layers + ends) * cell.element_bytes
+    layer = attention + bias + norms + 3 * config.hidden * mlp_columns(cell)
+    first, last = place.pp == 0, place.pp == layout.pp - 1
+    tables = first + last - (first and last and config.tied_embeddings)
+    ends = config.hidden * (last + config.vocab // layout.tp * tables) if cell.target == "prefill" else 0
+    return (layer * len(cell.stage_layers(place.pp)) + ends) * cell.element_bytes

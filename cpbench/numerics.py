@@ -93,18 +93,19 @@ def small_cell(cell: Cell) -> Cell:
 
     The shortest sequence is among them, because it may switch context parallelism off. Prefixes stay, and so does chunking.
     """
-    cp = cell.layout.cp
+    cp, pp = cell.layout.cp, cell.layout.pp
     shortest = min(range(len(cell.lengths)), key=lambda index: cell.lengths[index])
-    chosen = sorted({shortest, *range(min(MAX_SEQUENCES, len(cell.lengths)))})
+    chosen = sorted({shortest, *range(min(max(MAX_SEQUENCES, cell.layout.dp), len(cell.lengths)))})
     enough = max(16 * cp, -(-96 // (2 * cp)) * 2 * cp)  # with the remainder of the cell's own length, which a strategy may need to be zero
     lengths = tuple(min(cell.lengths[index], enough + cell.lengths[index] % (2 * cp)) for index in chosen)
     prefixes = tuple(min(cell.prefixes[index], MAX_PREFIX + cell.prefixes[index] % 7) for index in chosen)
     chunk = None if cell.chunk is None else max(2 * cp, -(-max(lengths) // min(MAX_CHUNKS, -(-max(cell.lengths) // cell.chunk))))
     capacity = None if cell.cache_tokens is None else sum(lengths) + sum(prefixes) + len(chosen) * cell.tokens_per_page
+    layers = min(cell.layers, max(2, pp))
     return replace(
         cell,
-        config=cell.config.reduced(),
-        layers=min(cell.layers, 2),
+        config=replace(cell.config.reduced(), layers=layers),
+        layers=layers,
         lengths=lengths,
         prefixes=prefixes,
         chunk=chunk,
@@ -202,7 +203,7 @@ def _remote_tokens_used(cell: Cell, rows: Tensor, truth: Tensor, rounding: float
 
     They are the same where every rank holds whole sequences, and cannot be told apart where they differ by little more than rounding.
     """
-    if cell.layout.cp == 1 or cell.steps[0].split.replicated:
+    if cell.layout.cp == 1 or all(rows.replicated[dp] for rows in cell.token_rows for dp in range(cell.layout.dp) if sum(rows.rows[dp])):
         return None
     local = one_device.own_tokens_only(cell)
     gap = relative_rmse(local, truth)
@@ -227,24 +228,27 @@ def _where(answer: Answer, errors: dict[int, float], truth: Tensor) -> str:
     """The ranks that are best and worst, where they are far apart."""
     what = "rank"
     if len(errors) == 1:
-        (rows,), what = answer.copies.values(), "context-parallel rank"
-        held = {rank: _rows_of(rank, answer.cell, truth.device) for rank in range(answer.cell.layout.cp)}
+        (rows,), what = answer.copies.values(), "rank" if answer.cell.layout.dp > 1 else "context-parallel rank"
+        held = _held(answer.cell, truth.device)
         errors = {rank: relative_rmse(rows[index], truth[index]) for rank, index in held.items() if len(index)}
     best, worst = (pick(errors, key=lambda rank: errors[rank]) for pick in (min, max))
     return f": {errors[best]:.1e} on {what} {best}, {errors[worst]:.1e} on {what} {worst}" if errors[worst] > 2 * errors[best] else ""
 
 
 def _holders(bad_N: Tensor, cell: Cell) -> str:
-    """The context-parallel ranks that hold the marked tokens."""
-    if cell.layout.cp == 1:
+    """The ranks that hold the marked tokens."""
+    if cell.layout.cp == cell.layout.dp == 1:
         return ""
-    ranks = [str(rank) for rank in range(cell.layout.cp) if bad_N[_rows_of(rank, cell, bad_N.device)].any()]
-    return f" on context-parallel rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+    what = "rank" if cell.layout.dp > 1 else "context-parallel rank"
+    ranks = [str(rank) for rank, index in _held(cell, bad_N.device).items() if bad_N[index].any()]
+    return f" on {what}{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
 
 
-def _rows_of(rank: int, cell: Cell, device: torch.device) -> Tensor:
-    """Places in the packed batch of the tokens of a context-parallel rank."""
-    return row_index(cell.packed_tokens(cell.blocks(rank)), device)
+def _held(cell: Cell, device: torch.device) -> dict[int, Tensor]:
+    """Places in the packed batch of the tokens of every context-parallel rank; where there are DP groups, of every rank with tokens of its own."""
+    layout = cell.layout
+    found = {(dp, cp): row_index(cell.tokens_of(dp, cp), device) for dp in range(layout.dp) for cp in range(layout.cp)}
+    return {layout.rank_of(layout.pp - 1, dp, cp) if layout.dp > 1 else cp: index for (dp, cp), index in found.items()}
 
 
 def _max_error(rows: Tensor, truth: Tensor) -> float:

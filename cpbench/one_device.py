@@ -1,14 +1,14 @@
 """What one device computes for a cell: the truth in fp64, the yardstick in the cell's dtype, and what ranks would answer without each other.
 
-The yardstick rounds where the layout rounds: the same tensor-parallel partial sums, without context parallelism. What follows from the
-distances between these answers and that of the ranks is decided in numerics.py.
+The yardstick rounds where the layout rounds: the same partial sums of weights that are cut, without context parallelism and stages. What
+follows from the distances between these answers and that of the ranks is decided in numerics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from cpbench.kernels import load_kernel
 from cpbench.kernels.accumulate import Accumulator
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
-from cpbench.partition import packed
 from cpbench.program import Program, alone, run_locally
 from cpbench.segments import causal_segments, place
 from cpbench.strategies import STRATEGIES
@@ -50,8 +49,8 @@ class OneDevice:
         return self._get((single, cell.dtype), lambda: _solve(single, load_kernel("reference"), self.device, rounded_to))
 
     def yardstick(self, cell: Cell, kernel: Kernel) -> Solution:
-        """The cell in its dtype with its tensor-parallel sums."""
-        single = _single(cell, Layout(tp=cell.layout.tp), cell.dtype)
+        """The cell in its dtype with its partial sums."""
+        single = _single(cell, Layout(dp=cell.layout.dp, tp=cell.layout.tp), cell.dtype)
         return self._get((single, kernel.name), lambda: _solve(single, kernel, self.device, None))
 
     def own_tokens_only(self, cell: Cell) -> Tensor:
@@ -60,13 +59,15 @@ class OneDevice:
         program = Program(_single(cell, Layout(), "float64"), alone(), kernel, self.device, rounded_to=getattr(torch, cell.dtype))
         q_THD, k_SGD, v_SGE = program.attention_inputs()
         cached_k, cached_v = program.cached_inputs(0)
-        starts = [0, *accumulate(cell.prefixes)]
         rows = torch.empty_like(q_THD)
-        for rank in range(cell.layout.cp):
-            blocks = cell.blocks(rank)
-            before = STRATEGIES[cell.strategy].cached(cell.steps[0], rank)
-            tokens = row_index(cell.packed_tokens(blocks), self.device)
-            prefix = row_index([packed(block, starts[block.sequence]) for block, _ in cached_rows(before)], self.device)
+        for dp, cp in product(range(cell.layout.dp), range(cell.layout.cp)):
+            steps = cell.parts[dp].cell.steps
+            if not steps:
+                continue
+            blocks = cell.parts[dp].cell.blocks(cp)
+            before = STRATEGIES[steps[0].strategy].cached(steps[0], cp)
+            tokens = row_index(cell.tokens_of(dp, cp), self.device)
+            prefix = row_index(cell.cached_tokens_of(dp, tuple(block for block, _ in cached_rows(before))), self.device)
             result = Accumulator(len(tokens), program.buffers)
             k, v = torch.cat([cached_k[prefix], k_SGD[tokens]]), torch.cat([cached_v[prefix], v_SGE[tokens]])
             kernel.attend(q_THD[tokens], k, v, causal_segments(place(blocks), laid_out(before, blocks)), program.scale, result)
@@ -88,10 +89,16 @@ def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
 
 
 def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None) -> Solution:
-    outputs = [output for _, output in run_locally(cell, kernel, device, rounded_to)]
-    rows = [output.rows.flatten(1) for output in outputs]
-    whole = torch.cat(rows, 1) if cell.target == "attention" else rows[0]
-    first = [output.first for output in outputs if output.first is not None]
-    if not first:
-        return Solution(whole)
-    return Solution(whole, torch.cat([shard.logits_BV for shard in first], 1), tuple(first[0].tokens), tuple(first[0].margins))
+    """All ranks of a layout without context parallelism and stages, put together: tokens and sequences by DP group, heads and logits by TP rank."""
+    answers, layout = run_locally(cell, kernel, device, rounded_to), cell.layout
+    shards = [[answers[layout.rank_of(dp=dp, tp=tp)][1] for tp in range(layout.tp)] for dp in range(layout.dp)]
+    order = torch.cat([answers[layout.rank_of(dp=dp)][0] for dp in range(layout.dp)]).argsort()
+    parts = [[output.rows.flatten(1) for output in group] for group in shards]
+    rows = torch.cat([torch.cat(group, 1) if cell.target == "attention" else group[0] for group in parts])[order]
+    firsts = [[output.first for output in group if output.first is not None] for group in shards]
+    if not any(firsts):
+        return Solution(rows)
+    sequences = [sequence for part in cell.parts for sequence in part.sequences]
+    logits = torch.cat([torch.cat([shard.logits_BV for shard in group], 1) for group in firsts if group])
+    first = sorted((s, t, m) for s, (t, m) in zip(sequences, (pair for g in firsts if g for pair in zip(g[0].tokens, g[0].margins, strict=True)), strict=True))
+    return Solution(rows, logits[torch.tensor(sequences).argsort()], tuple(token for _, token, _ in first), tuple(margin for _, _, margin in first))

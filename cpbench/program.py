@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,12 +23,12 @@ from cpbench.formulas import cached_tokens
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
 from cpbench.models.attention import HeadSlice
-from cpbench.models.decoder import Decoder, FirstTokens, Shard
+from cpbench.models.decoder import Decoder, FirstTokens, Slice
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.paging import BlockTable, plan_cache
-from cpbench.partition import packed
+from cpbench.pipeline import Pipeline
 from cpbench.strategies import STRATEGIES
-from cpbench.strategies.base import Context, ParallelAttention, Strategy, cached_rows, row_index, row_values
+from cpbench.strategies.base import Context, ParallelAttention, cached_rows, row_index, row_values
 
 
 @dataclass(frozen=True)
@@ -52,26 +51,30 @@ class Models:
     def __init__(self) -> None:
         self._decoders: dict[tuple[object, ...], Decoder] = {}
 
-    def get(self, cell: Cell, weights: RandomWeights, shard: Shard) -> Decoder:
+    def get(self, cell: Cell, weights: RandomWeights, part: Slice) -> Decoder:
         """The decoder of this cell, made if it is not at hand."""
-        key = (cell.config, cell.layers, cell.target == "prefill", weights, shard)
+        key = (cell.config, part, weights)
         decoder = self._decoders.pop(key, None)
         if decoder is None:
             while len(self._decoders) > 1:
                 del self._decoders[next(iter(self._decoders))]
-            decoder = Decoder(cell.config, weights, cell.layers, shard, ends=cell.target == "prefill")
+            decoder = Decoder(cell.config, weights, part)
         self._decoders[key] = decoder
         return decoder
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One step of a pass on one rank: its tokens, where they lie among the rank's rows of all steps, and the attention planned for it."""
+class Step:
+    """One step of a pass on one rank: its tokens, where they lie among the rank's rows of all steps, and what is planned for it.
+
+    `last_rows`: the row of the last token of each sequence of the part that ends here. Without attention the rank has no rows in this step.
+    """
 
     positions: Tensor
     rows: slice
     last_rows: dict[int, int]
-    attention: ParallelAttention
+    attention: ParallelAttention | None
+    communicator: Communicator
 
 
 class Program:
@@ -87,39 +90,44 @@ class Program:
         rounded_to: torch.dtype | None = None,
     ) -> None:
         self.cell, self.groups, self.device = cell, groups, device
+        self.place = groups.place
+        self.part = cell.parts[self.place.dp].cell
         self.dtype: torch.dtype = getattr(torch, cell.dtype)
         self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
-        self.heads = HeadSlice.of(cell.config, groups.tp.rank, groups.tp.size)
+        self.slice = Slice.of(cell, groups.rank)
+        self.heads = HeadSlice.of(cell.config, self.slice.attention)
         self.buffers, self.scale = Buffers(), cell.config.head_dim**-0.5
-        self.tokens = row_index(cell.packed_tokens(cell.blocks(groups.cp.rank)), device)
+        self.tokens = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
         self.cache, caches = self._cache()
-        self.stages = self._stages(kernel, caches)
-        self.communicator = Communicator(groups)
+        self.steps = self._steps(kernel, caches)
         self.models = models or Models()
         self.inputs: list[Tensor] = []
         self.parameters: list[Tensor] = []
-        self.keeps_rows = len(self.stages) == 1  # of chunks, a server keeps the rows of the one at hand
+        self.keeps_rows = len(self.steps) == 1  # of chunks, a server keeps the rows of the one at hand
         self.run, self.prepare = self._build()
 
     def _cache(self) -> tuple[KVCache, list[StepCache]]:
         """The K/V cache with its prefixes, and what each step sees of it."""
-        cell, cp_rank, steps = self.cell, self.groups.cp.rank, self.cell.steps
-        keep, strategy = cell.kv_cache == "keep", STRATEGIES[cell.steps[0].strategy]
-        lanes = strategy.cache_heads(steps[0], cp_rank)
-        if not cell.paged:
+        part, cp_rank, steps = self.part, self.place.cp, self.part.steps
+        keep = part.kv_cache == "keep"
+        if not steps or not part.paged:
+            lanes = STRATEGIES[steps[0].strategy].cache_heads(steps[0], cp_rank) if steps else ((),)
             cache = KVCache(keep, None, len(lanes))
-            return cache, [StepCache(cache, None, self.device)]
-        table = BlockTable.allocate(cached_tokens(cell, cp_rank), cell.tokens_per_page, cell.cache_tokens)
+            return cache, [StepCache(cache, None, self.device) for _ in steps]
+        strategy = STRATEGIES[steps[0].strategy]
+        lanes = strategy.cache_heads(steps[0], cp_rank)
+        table = BlockTable.allocate(cached_tokens(part, cp_rank), part.tokens_per_page, part.cache_tokens)
         cache = KVCache(keep, table, len(lanes))
         plans = [plan_cache(table, strategy.cached(step, cp_rank), strategy.stored(step, cp_rank) if keep else []) for step in steps]
         views = [StepCache(cache, plan, self.device) for plan in plans]
-        if any(cell.prefixes):
-            self._fill(views[0], row_index(_prefix_tokens(steps[0], strategy, cp_rank), self.device), lanes)
+        if any(part.prefixes):
+            cached = tuple(block for block, _ in cached_rows(strategy.cached(steps[0], cp_rank)))
+            self._fill(views[0], row_index(self.cell.cached_tokens_of(self.place.dp, cached), self.device), lanes)
         return cache, views
 
     def _fill(self, view: StepCache, tokens: Tensor, lanes: Sequence[Sequence[int]]) -> None:
         """Put the cached prefixes into their pages, for every layer that keeps its own."""
-        for layer in range(self.cell.layers if view.cache.keep else 1):
+        for layer in self.slice.layers if view.cache.keep and self.cell.target != "attention" else range(1):
             for lane, local in enumerate(lanes):
                 rows = [x.flatten(1) for x in self.cached_inputs(layer, tokens, [self.heads.kv[head] for head in local])]
                 view.fill(layer * len(lanes) + lane, torch.cat(rows, 1))
@@ -135,26 +143,32 @@ class Program:
         k, v = (self.weights.values(f"cache.{layer}.{name}", tokens, columns, 1.0).unflatten(1, (len(heads), dim)) for name in ("k", "v"))
         return k, v
 
-    def _stages(self, kernel: Kernel, caches: Sequence[StepCache]) -> list[Stage]:
-        cp_rank, first, stages = self.groups.cp.rank, 0, []
-        totals = [prefix + length for prefix, length in zip(self.cell.prefixes, self.cell.lengths, strict=True)]
-        for step, cache in zip(self.cell.steps, caches, strict=True):
+    def _steps(self, kernel: Kernel, caches: Sequence[StepCache]) -> list[Step]:
+        cp_rank, first, steps = self.place.cp, 0, []
+        totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
+        for index, rows in enumerate(self.cell.token_rows):
+            communicator = Communicator(self.groups, rows)
+            if index >= len(self.part.steps):  # other groups have tokens left
+                steps.append(Step(row_index([], self.device), slice(first, first), {}, None, communicator))
+                continue
+            step = self.part.steps[index]
             strategy, split = STRATEGIES[step.strategy], step.split
             done = [prefix + length for prefix, length in zip(step.prefixes, step.lengths, strict=True)]
             last_rows = {sequence: row for sequence, row in split.last_rows(cp_rank).items() if done[sequence] == totals[sequence]}
-            context = Context(self.groups, kernel, self.buffers, cache, self.scale)
+            context = Context(self.groups, kernel, self.buffers, caches[index], self.scale)
             attention = ParallelAttention(strategy, strategy.plan(step, cp_rank), context)
-            stages.append(Stage(row_index(split.positions(cp_rank), self.device), slice(first, first + split.rows(cp_rank)), last_rows, attention))
-            first += split.rows(cp_rank)
-        return stages
+            mine = slice(first, first + split.rows(cp_rank))
+            steps.append(Step(row_index(split.positions(cp_rank), self.device), mine, last_rows, attention, communicator))
+            first = mine.stop
+        return steps
 
     def _build(self) -> tuple[Callable[[], Output], Callable[[], object]]:
         cell = self.cell
         if cell.target == "attention":
             return self._attention(), lambda: None
-        self.decoder = self.models.get(cell, self.weights, Shard(self.groups.tp.rank, self.groups.tp.size))
+        self.decoder = self.models.get(cell, self.weights, self.slice)
         self.parameters = self.decoder.parameters()
-        positions = [stage.positions for stage in self.stages]
+        positions = [step.positions for step in self.steps]
         if cell.target == "prefill":
             ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
             self.inputs = [ids, *positions]
@@ -181,10 +195,11 @@ class Program:
         q, k, v = self.attention_inputs()
         new_rows = torch.cat([k.flatten(1), v.flatten(1)], 1)
         self.inputs = [q]
-        if len(self.stages) > 1:
+        steps = [(step.rows, step.attention) for step in self.steps if step.attention is not None]
+        if len(steps) > 1:
             self.inputs.append(new_rows)
-        else:
-            self.stages[0].attention.rows(0, (len(self.tokens), row_values(self.cell)), q).copy_(new_rows)
+        elif steps:
+            steps[0][1].rows(0, (len(self.tokens), row_values(self.cell)), q).copy_(new_rows)
             del new_rows
 
         def open_rows(rows_SW: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,47 +208,64 @@ class Program:
 
         def run() -> Output:
             outputs = []
-            for stage in self.stages:
-                n = stage.rows.stop - stage.rows.start
-                rows = stage.attention.rows(0, (n, row_values(self.cell)), q)
-                if len(self.stages) > 1:
-                    rows.copy_(self.inputs[1][stage.rows])
-                outputs.append(stage.attention.attend(q[stage.rows], rows, open_rows, 0))
+            for part, attention in steps:
+                n = part.stop - part.start
+                rows = attention.rows(0, (n, row_values(self.cell)), q)
+                if len(steps) > 1:
+                    rows.copy_(self.inputs[1][part])
+                outputs.append(attention.attend(q[part], rows, open_rows, 0))
                 self._settle(outputs)
-            return Output(_joined(outputs))
+            return Output(_joined(outputs, q))
 
         return run
 
     def _layers(self, hidden: Tensor) -> Output:
-        for stage in self.stages:
-            self.decoder.run_layers(hidden[stage.rows], stage.positions, stage.attention, self.communicator)
+        for step in self.steps:
+            self.decoder.run_layers(hidden[step.rows], step.positions, step.attention, step.communicator)
         return Output(hidden)
 
     def _prefill(self, ids: Tensor) -> Output:
-        last_BM = torch.zeros(len(self.cell.lengths), self.cell.config.hidden, dtype=self.dtype, device=self.device)
+        """Stages pass on the hidden states of every step; the last one keeps those of the last tokens, and has the first tokens."""
+        last_BM = torch.zeros(len(self.part.lengths), self.cell.config.hidden, dtype=self.dtype, device=self.device)
+        pipeline = Pipeline(self.groups.pp, [step.rows.stop - step.rows.start for step in self.steps], last_BM)
         outputs: list[Tensor] = []
-        for stage in self.stages:
-            x_nM = self.decoder.embed(ids[stage.rows], self.communicator)
-            outputs.append(self.decoder.run_layers(x_nM, stage.positions, stage.attention, self.communicator))
-            for sequence, row in stage.last_rows.items():
-                last_BM[sequence] = x_nM[row]
+        for index, step in enumerate(self.steps):
+            x_nM = self._embed(ids, step) if pipeline.is_first else pipeline.receive(index)
+            x_nM = self.decoder.run_layers(x_nM, step.positions, step.attention, step.communicator)
+            if pipeline.is_last:
+                outputs.append(x_nM)
+                for sequence, row in step.last_rows.items():
+                    last_BM[sequence] = x_nM[row]
+            else:
+                pipeline.send(x_nM)
             del x_nM
             self._settle(outputs)
-        last_BM = self.communicator.share_last(last_BM, not self.cell.steps[-1].split.replicated)
-        return Output(_joined(outputs), self.decoder.first_tokens(last_BM, self.communicator))
+        pipeline.finish()
+        return Output(_joined(outputs, last_BM), self._first_tokens(last_BM) if pipeline.is_last and self.part.lengths else None)
+
+    def _embed(self, ids: Tensor, step: Step) -> Tensor:
+        if step.attention is None:
+            return torch.empty(0, self.cell.config.hidden, dtype=self.dtype, device=self.device)
+        return self.decoder.embed(ids[step.rows], step.communicator)
+
+    def _first_tokens(self, last_BM: Tensor) -> FirstTokens:
+        """Of this part's sequences, on the last stage."""
+        communicator = self.steps[0].communicator
+        return self.decoder.first_tokens(communicator.share_last(last_BM, not self.part.steps[-1].split.replicated), communicator)
 
     def _settle(self, outputs: list[Tensor]) -> None:
         """After a step: its rows are dropped unless they are wanted, and copied out of reused buffers where more steps follow."""
         if not self.keeps_rows:
             outputs.clear()
-        elif len(self.stages) > 1:
+        elif len(self.steps) > 1 and outputs:
             outputs[-1] = outputs[-1].clone()
 
     def set_kernel(self, kernel: Kernel) -> None:
         """Attend with another kernel from the next pass on."""
-        for index, stage in enumerate(self.stages):
-            context = replace(stage.attention.context, kernel=kernel)
-            self.stages[index] = replace(stage, attention=replace(stage.attention, context=context))
+        for index, step in enumerate(self.steps):
+            if step.attention is not None:
+                context = replace(step.attention.context, kernel=kernel)
+                self.steps[index] = replace(step, attention=replace(step.attention, context=context))
 
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(category, tensor) of everything that is held between passes."""
@@ -242,15 +274,9 @@ class Program:
         return held + [("activations", tensor) for tensor in self.inputs]
 
 
-def _prefix_tokens(step: Cell, strategy: Strategy, cp_rank: int) -> list[range]:
-    """A number for every cached token of the batch: those that a rank has, in the order of its cache."""
-    starts = [0, *accumulate(step.prefixes)]
-    return [packed(block, starts[block.sequence]) for block, _ in cached_rows(strategy.cached(step, cp_rank))]
-
-
-def _joined(outputs: list[Tensor]) -> Tensor:
+def _joined(outputs: list[Tensor], like: Tensor) -> Tensor:
     """The rows of all steps that were kept."""
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else torch.empty(0)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else like[:0]
 
 
 def alone() -> Groups:

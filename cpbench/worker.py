@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from cpbench.answer import first_tokens
 from cpbench.buffers import ALL_CATEGORIES
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
@@ -31,6 +32,7 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import flops_of_rank, live_bytes, new_rows, score_pairs, traffic
 from cpbench.kernels import load_kernel, pick_kernel
 from cpbench.kernels.base import Kernel
+from cpbench.layout import AXES
 from cpbench.measure.device import Device, open_device
 from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
@@ -79,7 +81,7 @@ def main(path: str) -> None:
         torch.set_num_threads(job.data["threads"])
         device = open_device(job.data["device"], int(os.environ["LOCAL_RANK"]))
         start_process_groups(device.torch_device)
-        mesh = Mesh(job.rank, job.data["world_size"])
+        mesh = Mesh(job.rank, job.data["world_size"], device.torch_device.type)
         gc.freeze()  # what was imported is not searched for garbage between cells
         job.emit("ready", environment=_environment(device))
         with torch.inference_mode():
@@ -154,7 +156,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         groups.world,
         lambda n, seconds: job.emit("sample", index=index, n=n, seconds=seconds),
     )
-    return record | _timed(samples, last[0]) | {"ranks": _ranks(cell, samples, record.pop("live"))}
+    return record | _timed(samples, last[0], cell, groups) | {"ranks": _ranks(cell, samples, record.pop("live"))}
 
 
 def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, device: Device) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     if on_cpu:
         program.set_kernel(OneBlock(kernel))
     program.prepare()
-    if len(program.stages) > 1:  # buffers grow from chunk to chunk in the first pass, and in no other
+    if len(program.steps) > 1:  # buffers grow from chunk to chunk in the first pass, and in no other
         program.run()
         program.prepare()
     groups.recorder.reset()
@@ -199,7 +201,7 @@ def _traffic(cell: Cell, received: Traffic, seen: Observation, groups: Groups) -
     total = recorded
     if _brings_collectives(cell):
         observed = _of_rank(most, seen.traffic, [("cp", operation) for operation in OPERATIONS], groups).nonzero()
-        blind = [float(bool(seen.unread) or not seen.traffic.calls)]
+        blind = [float(_brings_collectives(cell.parts[groups.place.dp].cell) and (bool(seen.unread) or not seen.traffic.calls))]
         hidden = any(rank_is_blind for (rank_is_blind,) in groups.world.share(blind))
         record |= {"observed": observed.to_dict(), "source": "unknown" if hidden else "observed"}
         if hidden:
@@ -219,12 +221,12 @@ def _of_rank(rank: int, traffic: Traffic, keys: Sequence[tuple[str, str]], group
 
 def _brings_collectives(cell: Cell) -> bool:
     """Whether a library communicates, so that no formula predicts all traffic."""
-    return STRATEGIES[cell.steps[0].strategy].brings_collectives
+    return any(STRATEGIES[step.strategy].brings_collectives for part in cell.parts for step in part.cell.steps)
 
 
-def _timed(samples: Samples, output: Output) -> dict[str, Any]:
-    first = output.first
-    tokens = [] if first is None else [{"token": t, "margin": m} for t, m in zip(first.tokens, first.margins, strict=True)]
+def _timed(samples: Samples, output: Output, cell: Cell, groups: Groups) -> dict[str, Any]:
+    first = first_tokens(output, cell, groups) if cell.target == "prefill" else []
+    tokens = [{"token": token, "margin": margin} for token, margin in first]
     return {"samples": samples.slowest, "skew_samples": samples.skew, "stop": samples.stop, "first_tokens": tokens}
 
 
@@ -236,7 +238,7 @@ def _ranks(cell: Cell, samples: Samples, live: list[int]) -> list[dict[str, Any]
         entries.append(
             {
                 "rank": rank,
-                "coordinates": place,
+                "coordinates": {axis: getattr(place, axis) for axis in AXES},
                 "tokens": new_rows(cell, rank),
                 "score_pairs": score_pairs(cell, rank),
                 "median_s": samples.of_rank(rank),

@@ -7,9 +7,10 @@ Every call is recorded (axis, operation, wire bytes received). What is sent, and
 
 from __future__ import annotations
 
+import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from cpbench.distributed.observe import Observation, Observer
 from cpbench.distributed.traffic import Traffic
@@ -77,6 +79,34 @@ class Group(ABC):
         self._record("all_gather", _bytes(block) * (self.size - 1))
         return self._all_gather(output, block)
 
+    def all_gather_rows(self, output: Tensor, block: Tensor, rows: Sequence[int]) -> Handle:
+        """Gather blocks of different lengths: `output` [sum(rows), ...] in rank order from `block` [rows[rank], ...]; both contiguous.
+
+        Nothing is padded: where the lengths differ, blocks travel from rank to rank, straight to where they belong.
+        """
+        if len(set(rows)) == 1:
+            return self.all_gather(output, block)
+        self._record("all_gather", _bytes(output) - _bytes(block))
+        pieces = list(torch.split(output, list(rows)))
+        pieces[self.rank].copy_(block)
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        return self._transfer({peer: block for peer in peers if rows[self.rank]}, {peer: pieces[peer] for peer in peers if rows[peer]})
+
+    def reduce_scatter_rows(self, output: Tensor, partial: Tensor, rows: Sequence[int]) -> None:
+        """Sum `partial` [sum(rows), ...] over the ranks and keep one's own rows: `output` [rows[rank], ...]; both contiguous.
+
+        An all-to-all and a local sum in rank order: it takes blocks of different lengths, rounds alike on every backend, and receives
+        size - 1 times the output, as a ring does.
+        """
+        if self.size == 1:
+            output.copy_(partial)
+            return
+        self._record("reduce_scatter", _bytes(output) * (self.size - 1))
+        mine = rows[self.rank]
+        received = partial.new_empty(self.size * mine, *partial.shape[1:])
+        self._all_to_all(received, partial, [mine] * self.size, list(rows)).wait()
+        torch.sum(received.unflatten(0, (self.size, mine)), 0, out=output)
+
     def all_to_all(self, output: Tensor, block: Tensor, output_rows: Sequence[int], block_rows: Sequence[int]) -> Handle:
         """Send `block_rows[r]` leading rows to each rank r in turn; receive `output_rows[r]` from it. Both tensors contiguous."""
         if self.size == 1:
@@ -99,7 +129,17 @@ class Group(ABC):
             receive.copy_(send)
             return Handle()
         self._record("send_recv", _bytes(receive))
-        return self._shift(send, receive)
+        peers = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return self._transfer({peers[0]: send}, {peers[1]: receive})
+
+    def send(self, tensor: Tensor, to: int) -> Handle:
+        """Send a contiguous tensor to a rank of the group, which receives it. It must not change before `wait()` has returned."""
+        return self._send(tensor, to)
+
+    def receive(self, tensor: Tensor, source: int) -> Handle:
+        """Receive into a contiguous tensor what a rank of the group sends; several from one rank come in order."""
+        self._record("send_recv", _bytes(tensor))
+        return self._receive(tensor, source)
 
     @property
     def process_group(self) -> Any:
@@ -129,7 +169,14 @@ class Group(ABC):
     def _all_reduce(self, tensor: Tensor) -> None: ...
 
     @abstractmethod
-    def _shift(self, send: Tensor, receive: Tensor) -> Handle: ...
+    def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
+        """One tensor to each of some ranks of the group, and one from each of some, at the same time."""
+
+    @abstractmethod
+    def _send(self, tensor: Tensor, to: int) -> Handle: ...
+
+    @abstractmethod
+    def _receive(self, tensor: Tensor, source: int) -> Handle: ...
 
     def _record(self, operation: str, received: int) -> None:
         self.recorder.traffic.add(self.axis, operation, received)
@@ -170,11 +217,17 @@ class ProcessGroup(Group):
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self._group)
 
-    def _shift(self, send: Tensor, receive: Tensor) -> Handle:
-        to, source = self.ranks[(self.rank + 1) % self.size], self.ranks[(self.rank - 1) % self.size]
-        operations = [dist.P2POp(dist.isend, send, to, self._group), dist.P2POp(dist.irecv, receive, source, self._group)]
-        works = dist.batch_isend_irecv(operations)
+    def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
+        operations = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self._group) for peer, tensor in send.items()]
+        operations += [dist.P2POp(dist.irecv, tensor, self.ranks[peer], self._group) for peer, tensor in receive.items()]
+        works = dist.batch_isend_irecv(operations) if operations else []
         return Handle(lambda: [work.wait() for work in works])
+
+    def _send(self, tensor: Tensor, to: int) -> Handle:
+        return _work(dist.isend(tensor, self.ranks[to], self._group))
+
+    def _receive(self, tensor: Tensor, source: int) -> Handle:
+        return _work(dist.irecv(tensor, self.ranks[source], self._group))
 
 
 class LocalWorld:
@@ -214,7 +267,7 @@ class LocalWorld:
                 else:
                     failures.append(error)
                 for meeting in list(self._meetings.values()):
-                    meeting.barrier.abort()
+                    meeting.abort()
 
         threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(self.size)]
         for started in threads:
@@ -230,11 +283,21 @@ class LocalWorld:
 
 
 class _Meeting:
-    """Where the threads of one group exchange references: a board with one place per rank, and a barrier."""
+    """Where the threads of one group exchange tensors: a board with one place per rank and a barrier, and a letter box for each pair."""
 
     def __init__(self, size: int, timeout: float | None) -> None:
         self.board: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=timeout)
+        self.timeout = timeout
+        self.letters: dict[tuple[int, int], queue.SimpleQueue[Tensor | None]] = {
+            (source, to): queue.SimpleQueue() for source in range(size) for to in range(size) if source != to
+        }
+
+    def abort(self) -> None:
+        """Let everybody go who waits."""
+        self.barrier.abort()
+        for box in self.letters.values():
+            box.put(None)
 
 
 class LocalGroup(Group):
@@ -274,8 +337,28 @@ class LocalGroup(Group):
         total = self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0, dtype=tensor.dtype))
         tensor.copy_(total)
 
-    def _shift(self, send: Tensor, receive: Tensor) -> Handle:
-        return Handle(lambda: self._meet(send, lambda board: receive.copy_(board[(self.rank - 1) % self.size])))
+    def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
+        def read(board: list[Any]) -> None:
+            for peer, tensor in receive.items():
+                tensor.copy_(board[peer][self.rank])
+
+        return Handle(lambda: self._meet(send, read))
+
+    def _send(self, tensor: Tensor, to: int) -> Handle:
+        self._meeting.letters[self.rank, to].put(tensor.clone())
+        return Handle()
+
+    def _receive(self, tensor: Tensor, source: int) -> Handle:
+        return Handle(lambda: tensor.copy_(self._letter(source)))
+
+    def _letter(self, source: int) -> Tensor:
+        try:
+            letter = self._meeting.letters[source, self.rank].get(timeout=self._meeting.timeout)
+        except queue.Empty:
+            letter = None
+        if letter is None:
+            raise threading.BrokenBarrierError(self.axis)
+        return letter
 
 
 def backend_available(kind: str) -> bool:
@@ -288,10 +371,23 @@ def start_process_groups(device: torch.device) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
 
 
+def _work(work: dist.Work | None) -> Handle:
+    assert work is not None, "only ranks of the group send and receive"
+    return Handle(work.wait)
+
+
 def new_process_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A process group of these global ranks; every rank of the world must call, in the same order."""
+    """The process group of these global ranks; every rank of the world must call, in the same order."""
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
     group: dist.ProcessGroup | None = dist.new_group(list(ranks))
     return group
+
+
+def device_mesh(device_type: str, sizes: Sequence[int], axes: Sequence[str], groups: Sequence[Any]) -> DeviceMesh:
+    """The ranks of the world as a mesh, the last axis varying fastest, from this rank's process group of every axis."""
+    ranks = torch.arange(dist.get_world_size()).view(*sizes)
+    return DeviceMesh.from_group(list(groups), device_type, ranks, mesh_dim_names=tuple(axes))
 
 
 def stop_process_groups() -> None:

@@ -16,6 +16,7 @@ from cpbench.models.config import ModelConfig
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate
 from cpbench.models.weights import RandomWeights
+from cpbench.sharding import ATTENTION, Shard
 from cpbench.strategies.base import ParallelAttention
 
 
@@ -27,10 +28,10 @@ class HeadSlice:
     kv: range
 
     @classmethod
-    def of(cls, config: ModelConfig, rank: int, size: int) -> HeadSlice:
-        heads, kv_heads = config.heads // size, max(1, config.kv_heads // size)
-        first_kv = rank * config.kv_heads // size
-        return cls(range(rank * heads, (rank + 1) * heads), range(first_kv, first_kv + kv_heads))
+    def of(cls, config: ModelConfig, shard: Shard) -> HeadSlice:
+        heads, kv_heads = config.heads // shard.size, max(1, config.kv_heads // shard.size)
+        first_kv = shard.rank * config.kv_heads // shard.size
+        return cls(range(shard.rank * heads, (shard.rank + 1) * heads), range(first_kv, first_kv + kv_heads))
 
 
 def _rows(heads: range, dim: int) -> range:
@@ -40,9 +41,11 @@ def _rows(heads: range, dim: int) -> range:
 class GroupedQueryAttention:
     """Weights of one layer's attention on one tensor-parallel rank, and the computation around the parallel attention."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, rank: int, size: int) -> None:
+    axes = ATTENTION
+
+    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard) -> None:
         self.config = config
-        heads = HeadSlice.of(config, rank, size)
+        heads = HeadSlice.of(config, shard)
         dim, hidden = config.head_dim, config.hidden
         self.heads, self.kv_heads = len(heads.q), len(heads.kv)
         parts = [("q_proj", config.heads, heads.q), ("k_proj", config.kv_heads, heads.kv), ("v_proj", config.kv_heads, heads.kv)]

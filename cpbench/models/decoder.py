@@ -1,7 +1,8 @@
 """The decoder: embedding, pre-norm layers, final norm, logits of the last token of each sequence, and the first token.
 
-Activations are packed [n, M]: this rank's tokens of all sequences. The decoder knows its tensor-parallel shard of the weights and
-calls two things for everything that crosses ranks: the communicator between blocks, and the parallel attention inside one.
+Activations are packed [n, M]: this rank's tokens of all sequences. A decoder is what one rank has of the model: its pipeline stage's
+layers, cut as its place in the layout says. It calls two things for everything that crosses ranks: the communicator around blocks, and
+the parallel attention inside one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.cell import Cell
 from cpbench.communicator import Communicator
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
@@ -19,33 +21,51 @@ from cpbench.models.mlp import DenseMLP
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import cos_sin
 from cpbench.models.weights import RandomWeights
+from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Which tensor-parallel slice of the model this is."""
+class Slice:
+    """What one rank has of a model: layers, the embedding in front or the head behind them, and its parts of their weights."""
 
-    rank: int
-    size: int
+    layers: range
+    embedding: bool
+    head: bool
+    attention: Shard
+    mlp: Shard
+    vocabulary: Shard
+
+    @classmethod
+    def of(cls, cell: Cell, rank: int) -> Slice:
+        """The slice of a global rank of a cell."""
+        layout, place = cell.layout, cell.layout.coordinates(rank)
+        ends = cell.target == "prefill"
+        parts = (shard_of(layout, place, axes) for axes in (GroupedQueryAttention.axes, DenseMLP.axes, VOCABULARY))
+        return cls(cell.stage_layers(place.pp), ends and place.pp == 0, ends and place.pp == layout.pp - 1, *parts)
 
 
 class DecoderLayer:
-    """x += attention(norm(x)); x += mlp(norm(x)), with partial sums completed in between."""
+    """x += attention(norm(x)); x += mlp(norm(x)), with tokens gathered and partial sums completed in between."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, index: int, shard: Shard) -> None:
+    def __init__(self, config: ModelConfig, weights: RandomWeights, index: int, part: Slice) -> None:
         prefix = f"model.layers.{index}"
         self.index = index
         self.eps = config.norm_eps
-        self.attention = GroupedQueryAttention(config, weights, f"{prefix}.self_attn", shard.rank, shard.size)
-        self.mlp = DenseMLP(config, weights, f"{prefix}.mlp", shard.rank, shard.size)
+        self.attention = GroupedQueryAttention(config, weights, f"{prefix}.self_attn", part.attention)
+        self.mlp = DenseMLP(config, weights, f"{prefix}.mlp", part.mlp)
         self.input_norm = weights.norm(f"{prefix}.input_layernorm.weight", config.hidden)
         self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden)
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, communicator: Communicator) -> Tensor:
-        """Adds this layer to `x_nM` in place."""
-        x_nM.add_(communicator.complete(self.attention.forward(rms_norm(x_nM, self.input_norm, self.eps), cos, sin, attention, self.index)))
-        return x_nM.add_(communicator.complete(self.mlp.forward(rms_norm(x_nM, self.mlp_norm, self.eps))))
+    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
+        """Adds this layer to `x_nM` in place. Without attention (and rows) the rank only helps with the tokens of others."""
+        if attention is not None:
+            block = self.attention
+            x_nM.add_(communicator.complete(block.forward(rms_norm(x_nM, self.input_norm, self.eps), cos, sin, attention, self.index), block.axes))
+        mlp = self.mlp  # calls are nested so that no name keeps rows alive that a block has read
+        return x_nM.add_(communicator.complete(mlp.forward(communicator.gather(rms_norm(x_nM, self.mlp_norm, self.eps), mlp.axes)), mlp.axes))
 
 
 @dataclass(frozen=True)
@@ -58,17 +78,23 @@ class FirstTokens:
 
 
 class Decoder:
-    """`layers` decoder layers with or without their ends (embedding, final norm and head)."""
+    """One rank's slice of a model."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, layers: int, shard: Shard, ends: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: RandomWeights, part: Slice) -> None:
         self.config = config
-        self.layers = [DecoderLayer(config, weights, index, shard) for index in range(layers)]
-        if ends:
-            width = config.vocab // shard.size
-            self.vocabulary = range(shard.rank * width, (shard.rank + 1) * width)
-            shape = (config.vocab, config.hidden)
-            self.embedding = weights.linear("model.embed_tokens.weight", shape, self.vocabulary)
-            self.head = self.embedding if config.tied_embeddings else weights.linear("lm_head.weight", shape, self.vocabulary)
+        self.layers = [DecoderLayer(config, weights, index, part) for index in part.layers]
+        width, tables = config.vocab // part.vocabulary.size, dict[str, Tensor]()
+        self.vocabulary = range(part.vocabulary.rank * width, (part.vocabulary.rank + 1) * width)
+
+        def table(name: str) -> Tensor:
+            if name not in tables:
+                tables[name] = weights.linear(name, (config.vocab, config.hidden), self.vocabulary)
+            return tables[name]
+
+        if part.embedding:
+            self.embedding = table(EMBEDDING)
+        if part.head:
+            self.head = table(EMBEDDING if config.tied_embeddings else "lm_head.weight")
             self.final_norm = weights.norm("model.norm.weight", config.hidden)
 
     def embed(self, ids_n: Tensor, communicator: Communicator) -> Tensor:
@@ -79,10 +105,10 @@ class Decoder:
         local = ids_n - first
         elsewhere = (local < 0) | (local >= size)
         x_nM = F.embedding(local.masked_fill_(elsewhere, 0), self.embedding)
-        return communicator.complete(x_nM.masked_fill_(elsewhere[:, None], 0))
+        return communicator.complete(x_nM.masked_fill_(elsewhere[:, None], 0), VOCABULARY)
 
-    def run_layers(self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention, communicator: Communicator) -> Tensor:
-        """All layers over the hidden states of this rank's tokens, in place."""
+    def run_layers(self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
+        """This stage's layers over the hidden states of this rank's tokens, in place."""
         cos, sin = cos_sin(positions_n, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
             x_nM = layer.forward(x_nM, cos, sin, attention, communicator)

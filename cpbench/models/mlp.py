@@ -1,4 +1,4 @@
-"""The dense feed-forward block: down(silu(gate(x)) * up(x)), column- then row-parallel over the tensor-parallel ranks."""
+"""The dense feed-forward block: down(silu(gate(x)) * up(x)), column- then row-parallel over the ranks that share its weights."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.models.config import ModelConfig
 from cpbench.models.weights import RandomWeights
+from cpbench.sharding import DENSE_MLP, Shard
 
 
 class DenseMLP:
     """Gate and up are one matrix, so that the input is read once."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, rank: int, size: int) -> None:
-        width = config.intermediate // size
-        mine = range(rank * width, (rank + 1) * width)
+    axes = DENSE_MLP
+
+    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard) -> None:
+        width = config.intermediate // shard.size
+        mine = range(shard.rank * width, (shard.rank + 1) * width)
         shape = (config.intermediate, config.hidden)
         self.gate_up_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", shape, mine) for name in ("gate_proj", "up_proj")])
         self.down_weight = weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine)

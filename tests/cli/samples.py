@@ -6,7 +6,7 @@ from typing import Any
 
 from cpbench.cell import Cell
 from cpbench.formulas import new_rows, score_pairs, traffic
-from cpbench.layout import Layout
+from cpbench.layout import AXES, Layout
 from cpbench.models.presets import PRESETS
 from cpbench.records import merge_record, not_measured
 from cpbench.results import CellResult, Failure, ResultFile, Run
@@ -51,7 +51,7 @@ def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio
         "ranks": [
             {
                 "rank": rank,
-                "coordinates": cell.layout.coordinates(rank),
+                "coordinates": {axis: getattr(cell.layout.coordinates(rank), axis) for axis in AXES},
                 "tokens": new_rows(cell, rank),
                 "score_pairs": score_pairs(cell, rank),
             }

@@ -53,7 +53,7 @@ def main(seed: int, batches: int) -> None:
     torch.set_num_threads(1)
     start_process_groups(CPU)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mesh, right = Mesh(rank, size), 0
+    mesh, right = Mesh(rank, size, "cpu"), 0
     choose = random.Random(seed)
     for _ in range(batches):
         for cell in cells(choose, size):

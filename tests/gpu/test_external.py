@@ -58,7 +58,7 @@ def groups(tmp_path_factory):
     """A world of one rank."""
     store = tmp_path_factory.mktemp("nccl") / "store"
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1, device_id=torch.device("cuda", 0))
-    yield Mesh(0, 1).groups(Layout())
+    yield Mesh(0, 1, "cuda").groups(Layout())
     dist.destroy_process_group()
 
 

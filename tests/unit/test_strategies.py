@@ -63,7 +63,7 @@ def assembled(cell, kernel="cpu_flash"):
     for tp in range(cell.layout.tp if cell.target == "attention" else 1):
         rows = None
         for rank, (tokens, output) in enumerate(outputs):
-            if cell.layout.coordinates(rank)["tp"] == tp:
+            if cell.layout.coordinates(rank).tp == tp:
                 flat = output.rows.flatten(1)
                 rows = flat.new_empty(cell.tokens, flat.shape[1]) if rows is None else rows
                 rows[tokens] = flat
