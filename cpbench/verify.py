@@ -42,12 +42,13 @@ Fields = dict[str, Any]  # some fields of a scenario
 MAX_RANKS = 64  # threads of one process
 MAX_TOKENS = 16 * 1024  # new and cached ones of a batch: the truth is dense attention in fp64
 COLLECTIVE_TIMEOUT = 120.0  # seconds after which a rank that is waited for will not come
+DEGREES = ("pp", "dp", "cp", "tp")
 # fields of a scenario that a caller may fix for the whole grid
 FIELDS = (
     "strategies",
     "partition",
-    "cp",
-    "tp",
+    *DEGREES,
+    "layouts",
     "dtype",
     "model",
     "batches",
@@ -61,7 +62,7 @@ FIELDS = (
     "device",
 )
 NEEDS_PROCESSES = "needs processes: checked by sweep"
-NAMED = {"strategies", "partition", "cp", "tp", "batches"}  # where one of them was asked for, what cannot run is a row that says so
+NAMED = {"strategies", "partition", *DEGREES, "layouts", "batches"}  # where one of them was asked for, what cannot run is a row that says so
 DEEPER_HYBRID = "u4r2"
 
 # fmt: off
@@ -78,12 +79,14 @@ CACHED: Fields = {"batches": [{"lengths": [19, 16], "prefixes": [300, 77]}]}  # 
 REMAINDERS: Fields = {"batches": [{"lengths": [127, 33, 65, 31]}]}
 PREFILL: Fields = {"target": "prefill"}  # of two layers
 LAYER: Fields = {"target": "layer"}
+SINGLE: Fields = {"batches": [{"lengths": [67]}]}  # of two attention-DP groups one is idle
 RANKS: tuple[Fields, ...] = ({"cp": [1], "tp": [1, 2]}, {"cp": [2, 3, 4, 8], "tp": [1]}, {"cp": [4], "tp": [2]})
 MANY_RANKS: tuple[Fields, ...] = (
     {"cp": [1], "tp": [1, 2, 4]},
     {"cp": [2, 3, 4, 5, 8, 16], "tp": [1]},
     {"cp": [4, 8], "tp": [2]},
 )
+STAGES_AND_GROUPS: tuple[Fields, ...] = ({"dp": [2], "cp": [2], "tp": [1, 2]}, {"pp": [2], "cp": [2], "tp": [1]})
 NARROW = ("float32", "bfloat16")
 RANDOM_BATCHES = 8
 
@@ -103,12 +106,14 @@ GRID = (
     Part((EQUAL, UNEVEN), NARROW),
     Part((CHUNKED, SHORT)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), NARROW, ranks=({"cp": [4], "tp": [1, 2]},), all_partitions=False),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL), ranks=STAGES_AND_GROUPS, all_partitions=False),
 )
 DEEP_GRID = (
     Part((EQUAL, UNEVEN, CHUNKED, SHORT, CACHED, REMAINDERS), NARROW, ranks=MANY_RANKS),
     Part((UNEVEN,), NARROW, ("8:8", "8:1", "24:4", "12:4"), ({"cp": [2, 3, 4, 6, 8], "tp": [1]}, {"cp": [2], "tp": [2]})),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, UNEVEN | LAYER), (*NARROW, "float16"), ranks=({"cp": [4], "tp": [1, 2]},)),
     Part([UNEVEN | PREFILL | {"kv_cache": "drop"}, *(CHUNKED | {"page_size": size} for size in (1, 16, 256))], NARROW, ranks=({"cp": [4], "tp": [1]},)),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL, SHORT | PREFILL), NARROW, ranks=({"pp": [1, 2], "dp": [1, 2], "cp": [1, 2], "tp": [1, 2]},)),
     Part([batch | {"head_groups": 2, "strategies": [GROUPED]} for batch in (UNEVEN, CHUNKED, UNEVEN | PREFILL)], NARROW),
 )
 
@@ -172,7 +177,7 @@ def _brings_collectives(cell: Cell) -> bool:
 def _cells(part: Part, asked: Fields, device: str) -> Iterator[Cell]:
     """The cells of one part. What was asked for takes the place of the part's own."""
     own = {"batches", "chunk", "page_size"} if "batches" in asked else set()
-    fixed = {name: value for name, value in asked.items() if name not in ("cp", "tp", "strategies", "partition", "model")}
+    fixed = {name: value for name, value in asked.items() if name not in (*DEGREES, "layouts", "strategies", "partition", "model")}
     dtypes = [asked["dtype"]] if "dtype" in asked else part.dtypes
     configs = [load_config(asked["model"]).reduced()] if "model" in asked else [CONFIGS[name] for name in part.configs]
     common = {"device": device, "baseline": False, "page_size": DEVICE_DEFAULTS[device].get("page_size")}
@@ -181,31 +186,36 @@ def _cells(part: Part, asked: Fields, device: str) -> Iterator[Cell]:
         if fields.get("kv_cache") == "drop" and fields.get("chunk"):
             continue  # a chunk reads what the ones before it left
         names = asked.get("strategies") or batch.get("strategies") or [*(name for name in STRATEGIES if name != BASELINE), DEEPER_HYBRID]
-        fields["strategies"] = names if "cp" in asked and "strategies" in asked else [name for name in names if _fits(name, ranks)]
+        fields["strategies"] = names if asked.keys() & {"cp", "layouts"} and "strategies" in asked else [name for name in names if _fits(name, ranks)]
         if not fields["strategies"]:
             continue
         layers = 2 if fields.get("target") == "prefill" else 1
         for cell in cells_of(parse_scenario({"target": "attention", "layers": layers} | fields), config):
-            if cell.strategy == BASELINE and asked.keys() & {"strategies"} and "cp" not in asked and BASELINE not in asked["strategies"]:
+            if cell.strategy == BASELINE and "strategies" in asked and not asked.keys() & {"cp", "layouts"} and BASELINE not in asked["strategies"]:
                 continue
+            if cell.layout.pp > 1 and "target" not in asked:  # stages are of layers
+                layers = max(2, cell.layout.pp)
+                cell = replace(cell, target="prefill", layers=layers, config=replace(config, layers=layers))
             every = STRATEGIES[cell.strategy].partitions if part.all_partitions else (cell.partition,)
             for partition in every if "partition" not in asked or cell.layout.cp == 1 else (asked["partition"],):
                 yield replace(cell, partition=partition)
 
 
 def _ranks(part: Part, asked: Fields) -> list[Fields]:
-    """Degrees that are crossed: those asked for, else the part's, and those of the hybrids that were asked for."""
+    """Layouts or degrees that are crossed: those asked for, else the part's, and those of the hybrids that were asked for."""
+    if "layouts" in asked:
+        return [{"layouts": asked["layouts"]}]
+    degrees = {name: asked[name] for name in DEGREES if name in asked}
     if "cp" in asked:
-        return [{"cp": asked["cp"], "tp": asked.get("tp", [1])}]
-    hybrids = [degrees for name in asked.get("strategies", []) if (degrees := hybrid_degrees(name))]
-    ranks = [*part.ranks, *({"cp": [ulysses * ring], "tp": [1]} for ulysses, ring in hybrids)]
-    return [entry | {"tp": asked["tp"]} for entry in ranks] if "tp" in asked else ranks
+        return [{"tp": [1]} | degrees]
+    hybrids = [found for name in asked.get("strategies", []) if (found := hybrid_degrees(name))]
+    return [entry | degrees for entry in (*part.ranks, *({"cp": [ulysses * ring], "tp": [1]} for ulysses, ring in hybrids))]
 
 
 def _fits(name: str, ranks: Fields) -> bool:
     """Whether a strategy is no hybrid, or one of these degrees."""
     degrees = hybrid_degrees(name)
-    return degrees is None or degrees[0] * degrees[1] in ranks["cp"]
+    return degrees is None or degrees[0] * degrees[1] in ranks.get("cp", ())
 
 
 def _cannot_run(cell: Cell) -> str | None:

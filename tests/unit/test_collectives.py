@@ -85,3 +85,71 @@ def test_traffic_adds_and_prints():
     traffic.add("tp", "all_reduce", 1)
     assert (traffic + traffic) == traffic.times(2)
     assert traffic.times(2).to_dict() == {"cp": {"all_gather": {"calls": 6, "bytes": 30}}, "tp": {"all_reduce": {"calls": 2, "bytes": 2}}}
+
+
+@pytest.mark.parametrize("rows", [[3], [2, 2], [2, 5], [0, 4, 1], [4, 0]])
+def test_all_gather_of_blocks_of_different_lengths(rows):
+    def program(group):
+        mine = rows[group.rank]
+        out = torch.empty(sum(rows), 2)
+        group.all_gather_rows(out, torch.full((mine, 2), float(group.rank)), rows).wait()
+        return mine, out[:, 1].tolist()
+
+    for (mine, out), traffic in on_every_rank(len(rows), program):
+        assert out == [float(rank) for rank, count in enumerate(rows) for _ in range(count)]
+        assert traffic.bytes == 4 * 2 * (sum(rows) - mine), "nothing is padded"
+
+
+@pytest.mark.parametrize("rows", [[3], [2, 2], [2, 5], [0, 4, 1], [4, 0]])
+def test_reduce_scatter_of_blocks_of_different_lengths(rows):
+    def program(group):
+        partial = (torch.arange(sum(rows), dtype=torch.float64) + 100 * group.rank)[:, None]
+        out = torch.empty(rows[group.rank], 1, dtype=torch.float64)
+        group.reduce_scatter_rows(out, partial, rows)
+        return group.rank, out.flatten().tolist()
+
+    size, others = len(rows), sum(100 * rank for rank in range(len(rows)))
+    for (rank, out), traffic in on_every_rank(size, program):
+        first = sum(rows[:rank])
+        assert out == [float(size * row + others) for row in range(first, first + rows[rank])]
+        assert traffic.bytes == 8 * rows[rank] * (size - 1)
+
+
+def test_what_is_sent_comes_in_order_and_may_change_once_it_has_left():
+    def program(group):
+        received = []
+        for value in range(3):
+            tensor = torch.tensor([float(value)])
+            if group.rank == 0:
+                group.send(tensor, 1).wait()
+                tensor.fill_(-1)
+            else:
+                group.receive(tensor, 0).wait()
+                received.append(tensor.item())
+        return received
+
+    (first, _), (second, traffic) = on_every_rank(2, program)
+    assert (first, second) == ([], [0.0, 1.0, 2.0])
+    assert traffic == Traffic({("cp", "send_recv"): (3, 12)})
+
+
+def test_who_waits_for_a_message_is_released_too():
+    def program(group):
+        if group.rank == 1:
+            raise ValueError("planted")
+        group.receive(torch.empty(1), 1).wait()
+
+    with pytest.raises(ValueError, match="planted"):
+        on_every_rank(2, program)
+
+
+def test_a_message_that_never_comes_is_given_up():
+    world = LocalWorld(2, timeout=0.2)
+
+    def program(rank):
+        group = world.group("pp", range(2), rank, Recorder())
+        if rank == 1:
+            group.receive(torch.empty(1), 0).wait()
+
+    with pytest.raises(RuntimeError, match="rank 1 over pp"):
+        world.run(program)

@@ -195,7 +195,7 @@ def test_random_weights_look_random():
 
 def test_the_lowest_index_wins_a_tie():
     cell = Cell("prefill", replace(PRESETS["qwen3-tiny"], vocab=64), 1, Layout(), "none", "contiguous", "auto", "float32", "cpu", (8,))
-    communicator = Program(cell, alone(), load_kernel("reference"), CPU).communicator
+    communicator = Program(cell, alone(), load_kernel("reference"), CPU).steps[0].communicator
     logits = torch.zeros(1, 64)
     logits[0, [40, 9]] = 1.0
     assert communicator.greedy(logits, 0) == ([9], [0.0])
