@@ -96,6 +96,11 @@ def sweep(
     pair: options.PAIR = False,
     cp: options.CP = None,
     tp: options.TP = None,
+    dp: options.DP = None,
+    pp: options.PP = None,
+    ep: options.EP = None,
+    layouts: options.LAYOUTS = None,
+    gpus: options.GPUS = None,
     strategy: options.STRATEGY = None,
     partition: options.PARTITION = None,
     model: options.MODEL = None,
@@ -120,7 +125,8 @@ def sweep(
     """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
     from cpbench.batch import flag_batches
 
-    axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "cp": cp, "tp": tp, "strategies": strategy}
+    axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "strategies": strategy}
+    axes |= {"cp": cp, "tp": tp, "dp": dp, "pp": pp, "ep": ep, "layouts": layouts, "gpus": gpus}
     fields: dict[str, Any] = {"partition": partition, "model": model, "target": target, "chunk": chunk, "layers": layers, "dtype": dtype, "seed": seed}
     fields |= {"threads": threads, "rounds": rounds, "pair": pair or None, "batches": flag_batches(lengths, prefix or []) if lengths else None}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
@@ -237,9 +243,9 @@ def _fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], se
 
     from cpbench.environment import detect_machine
     from cpbench.resume import RESULTS
-    from cpbench.scenario import override, parse_scenario, read_yaml, resolve, without_other_batches
+    from cpbench.scenario import override, parse_scenario, read_yaml, resolve, without_replaced
 
-    data: dict[str, Any] = {**without_other_batches(read_yaml(file) if file else {}, fields), **fields}
+    data: dict[str, Any] = {**without_replaced(read_yaml(file) if file else {}, fields), **fields}
     for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
         data = override(data, setting)
     machine = detect_machine()

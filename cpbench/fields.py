@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cpbench.errors import CpbenchError, unknown
-from cpbench.layout import MAX_RANKS
+from cpbench.layout import MAX_RANKS, Layout
 from cpbench.units import parse_count, parse_fraction, parse_seconds
 
 MAX_BATCH = 4096
@@ -47,6 +47,16 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _canonical(value: Any) -> Any:
+    """The name of a layout as `str(layout)` writes it."""
+    if not isinstance(value, str):
+        return value  # pydantic names the type
+    try:
+        return str(Layout.parse(value.strip()))
+    except CpbenchError as error:
+        refuse(error.message, error.hint)
+
+
 def _as_list(value: Any) -> Any:
     """`2,4` and `2` are lists too."""
     if isinstance(value, str):
@@ -65,6 +75,7 @@ Seconds = Annotated[float, BeforeValidator(_no_bool), _through(parse_seconds), F
 Ratio = Annotated[float, BeforeValidator(_no_bool), _through(parse_fraction), Field(gt=0, lt=1), _or_text("number")]
 Degree = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_RANKS)]
 BatchSize = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_BATCH)]
+LayoutName = Annotated[str, BeforeValidator(_canonical)]
 LIST = BeforeValidator(_as_list)
 
 

@@ -21,6 +21,11 @@ def _axis(name: str, metavar: str, text: str) -> Any:
     return Annotated[list[str] | None, _option(_WHAT, name, metavar, text)]
 
 
+def _rare_axis(name: str, metavar: str, text: str) -> Any:
+    """An axis that --help names in one line only (MORE)."""
+    return Annotated[list[str] | None, _option(_WHAT, name, metavar, text, hidden=True)]
+
+
 def _text(panel: str, name: str, metavar: str, text: str) -> Any:
     return Annotated[str | None, _option(panel, name, metavar, text)]
 
@@ -42,12 +47,17 @@ SCENARIO = _path(_WHAT, "--scenario", "YAML with any of the fields below and mor
 SEQ = _axis("--seq", "LENGTHS", "New tokens per sequence, a comma list: 36k,128k. Default: 36k.")
 BATCH = _axis("--batch", "SIZES", "Sequences per batch, a comma list. Default: 1.")
 LENGTHS = _axis("--lengths", "LENGTHS", "One batch, the new tokens of each sequence: 1003,517,36k; may be repeated. Instead of --seq and --batch.")
-PREFIX = _axis("--prefix", "LENGTHS", "Cached tokens: with --seq a comma list to try, with --lengths those of each sequence. Default: 0.")
+PREFIX = _rare_axis("--prefix", "LENGTHS", "Cached tokens: with --seq a comma list to try, with --lengths those of each sequence. Default: 0.")
 CP = _axis("--cp", "DEGREES", "Context-parallel degrees: 2,4,8; cp=1 is added as the baseline. Default: 1.")
 TP = _axis("--tp", "DEGREES", "Tensor-parallel degrees. Default: 1.")
+DP = _axis("--dp", "DEGREES", "Attention data-parallel degrees: groups that share out the sequences. Default: 1.")
+PP = _axis("--pp", "DEGREES", "Pipeline stages, which share out the layers. Default: 1.")
+EP = _rare_axis("--ep", "DEGREES", "Expert-parallel degrees; they divide the ranks of a stage. Default: 1.")
+LAYOUTS = _axis("--layouts", "NAMES", "Layouts by name instead of degrees: tp8,cp8u4,pp2cp4.")
+GPUS = _rare_axis("--gpus", "NUMBERS", "Every layout of so many ranks, instead of degrees.")
 STRATEGY = _axis("--strategy", "NAMES", "Context-parallel algorithms (cpbench list), u4r2 (Ulysses 4 x ring 2), or all. Default: allgather,ring,ulysses.")
 MODEL = _text(_WHAT, "--model", "NAME", "Preset, or path of a config.json. Default: qwen3-tiny on CPU, qwen3-8b on CUDA.")
-TARGET = _text(_WHAT, "--target", "NAME", "prefill (time to first token), layer or attention. Default: prefill.")
+TARGET = _rare("--target", "NAME", "prefill (time to first token), layer or attention. Default: prefill.")
 SET = _axis("--set", "A.B=C", "Any field of a scenario, for example timing.precision=1%; may be repeated.")
 PAIR = _flag(_WHAT, "--pair", "Pair lists that have several values instead of crossing them.", hidden=True)
 PARTITION = _rare("--partition", "NAME", "Which tokens a rank holds (cpbench list partitions). Default: what the strategy prefers.")
@@ -57,14 +67,15 @@ DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 o
 SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
 THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
-BUDGET = _text(_LONG, "--budget", "TIME", "Skip cells that do not fit into it: 20m. Default: no limit.")
+BUDGET = _rare("--budget", "TIME", "Skip cells that do not fit into it: 20m. Default: no limit.")
 CELL_TIMEOUT = _rare("--cell-timeout", "TIME", "End a cell that takes longer in one round. Default: 10m.")
 RESUME = _flag(_CONTINUE, "--resume", "Continue the newest unfinished result, or the one named by -o.")
 RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,crash,... Default: interrupted.")
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
 MORE = (
-    "Also: --pair (lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --dtype NAME, --seed N, --threads N, "
-    "--cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
+    "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), "
+    "--pair (lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --dtype NAME, --seed N, --threads N, "
+    "--budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
 )
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[

@@ -1,29 +1,32 @@
 """From a scenario to the cells of a sweep: which ones, in which order, which of them cannot run and why, and roughly what they cost.
 
 Cells come out by world size, smallest first, each once. A cell of the cross product that cannot run stays in the plan with the
-status `unsupported` or `skipped` and a reason; a requested value with which *nothing* can run is the user's mistake and raises.
+status `unsupported` or `skipped` and a reason, and so does a combination of degrees that is no layout; a requested value with which
+*nothing* can run is the user's mistake and raises.
 Nothing is started here and torch is imported only to ask a kernel that was named. Times are rough until the driver has measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Literal
 
-from cpbench.axes import BASELINE, GROUPED, cells_of, runs_as
+from cpbench.axes import BASELINE, GROUPED, LeftOut, cells_of, left_out, runs_as
 from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
+from cpbench.fitting import layout_reason, strategy_reason
 from cpbench.formulas import cached_pages, flops, live_bytes
 from cpbench.kernels import load_kernel
+from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import load_config
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
 from cpbench.strategies import STRATEGIES
-from cpbench.strategies.usp import hybrid_degrees
 
 # Operations per second that a core or a GPU reaches in a prefill, for estimates before anything was measured.
 CPU_RATE = {"float32": 8e10, "bfloat16": 6e10, "float16": 4e10, "float64": 4e10}
@@ -47,13 +50,14 @@ class PlannedCell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells in the order of the first round."""
+    """All cells in the order of the first round, and what was asked for and is no layout of the model."""
 
     cells: tuple[PlannedCell, ...]
     rounds: int
     cores: int
     threads: int | None
     device: str
+    left_out: tuple[LeftOut, ...] = ()
 
     @cached_property
     def runnable(self) -> tuple[PlannedCell, ...]:
@@ -84,13 +88,20 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     device = scenario.device
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
-    plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device)
-    _require_partition(scenario)
-    unique = {cell.id: cell for cell in cells_of(scenario, config)}
-    ordered = sorted(unique.values(), key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
+    plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
+    cells = _distinct(cells_of(scenario, config))
+    _refuse_left_out(scenario, cells, plan.left_out)
+    _require_partition(scenario, cells)
+    ordered = sorted(cells, key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
     planned = [_planned(cell, machine, plan, scenario.timing) for cell in ordered]
     _refuse_impossible(scenario, planned)
-    return Plan(tuple(planned), plan.rounds, plan.cores, plan.threads, device)
+    return replace(plan, cells=tuple(planned))
+
+
+def _distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """Each cell once, told apart by what differs between the cells of one scenario."""
+    unique = {(cell.layout, cell.strategy, cell.lengths, cell.prefixes): cell for cell in cells}
+    return list(unique.values())
 
 
 def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> PlannedCell:
@@ -105,34 +116,7 @@ def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> Planne
 
 def unsupported(cell: Cell) -> str | None:
     """Why a cell can run on no machine, with the nearest valid value; None if it can."""
-    return _tensor_parallel_reason(cell) or STRATEGIES[cell.strategy].check(cell) or _memory_reason(cell)
-
-
-def _tensor_parallel_reason(cell: Cell) -> str | None:
-    """Why the model does not divide over the tensor-parallel ranks, with the nearest degree that works."""
-
-    def fits(tp: int) -> bool:
-        return _undivided(cell, tp) is None
-
-    tp = cell.layout.tp
-    what = _undivided(cell, tp)
-    if what is None:
-        return None
-    near = min(filter(fits, range(1, cell.config.heads + 1)), key=lambda degree: (abs(degree - tp), degree))
-    return f"{what} of {cell.config.name} do not divide over tp={tp}; the nearest degree is tp={near}"
-
-
-def _undivided(cell: Cell, tp: int) -> str | None:
-    config = cell.config
-    if config.heads % tp:
-        return f"{config.heads} query heads"
-    if config.kv_heads % tp and tp % config.kv_heads:
-        return f"{config.kv_heads} kv heads"
-    if cell.target != "attention" and config.intermediate % tp:
-        return f"{config.intermediate} FFN columns"
-    if cell.target == "prefill" and config.vocab % tp:
-        return f"{config.vocab} vocabulary rows"
-    return None
+    return layout_reason(cell) or strategy_reason(cell) or _memory_reason(cell)
 
 
 def _memory_reason(cell: Cell) -> str | None:
@@ -143,7 +127,7 @@ def _memory_reason(cell: Cell) -> str | None:
     if cell.cache_tokens is None:
         return None
     size = cell.tokens_per_page
-    needed = size * max(cached_pages(cell, rank) for rank in range(cp))
+    needed = size * max(cached_pages(part.cell, rank) for part in cell.parts if part.sequences for rank in range(cp))
     if needed <= -(-cell.cache_tokens // size) * size:
         return None
     near = f"the nearest valid value is cache_tokens={needed}"
@@ -154,11 +138,17 @@ def _memory_reason(cell: Cell) -> str | None:
 
 
 def pass_seconds(cell: Cell, plan: Plan) -> float:
-    """Estimated seconds of one pass: the operations of all ranks over what the devices in use reach together."""
+    """Estimated seconds of one pass: the operations of all ranks over what the devices in use reach together.
+
+    Pipeline stages wait for the first step to arrive and for the last one to leave: with m steps, pp stages take (m + pp - 1) / m times
+    as long as if all worked all the time. On oversubscribed cores others use what a waiting rank leaves.
+    """
+    steps, stages = len(cell.token_rows), cell.layout.pp
+    waiting = (steps + stages - 1) / steps
     if cell.device == "cuda":
-        return flops(cell) / (CUDA_RATE[cell.dtype] * cell.world_size)
-    cores = min(plan.cores, cell.world_size * plan.threads_per_rank(cell.world_size))
-    return flops(cell) / (CPU_RATE[cell.dtype] * cores)
+        return flops(cell) * waiting / (CUDA_RATE[cell.dtype] * cell.world_size)
+    threads = cell.world_size * plan.threads_per_rank(cell.world_size)
+    return flops(cell) / (CPU_RATE[cell.dtype] * min(plan.cores, threads / waiting))
 
 
 def timed_passes(seconds: float, timing: Timing) -> int:
@@ -173,17 +163,27 @@ def _seconds(cell: Cell, plan: Plan, timing: Timing) -> float:
 
 
 def _live_bytes(cell: Cell) -> int:
-    """The largest peak of a rank. Tensor-parallel ranks hold the same; first, middle and last CP rank bound the others."""
-    last, steps = cell.layout.cp - 1, _largest_steps(cell)
-    return max(live_bytes(cell, cell.layout.rank_of(cp=rank), steps) for rank in {0, last // 2, last})
+    """The largest peak of a rank. Tensor-parallel ranks hold the same, stages in the middle no more than the first or the last one; first,
+    middle and last CP rank bound the others."""
+    layout, steps = cell.layout, _largest_steps(cell)
+    places = product({0, layout.pp - 1}, _different_parts(cell), {0, (layout.cp - 1) // 2, layout.cp - 1})
+    return max(live_bytes(cell, layout.rank_of(pp, dp, cp), steps) for pp, dp, cp in places)
 
 
-def _largest_steps(cell: Cell) -> list[Cell]:
+def _different_parts(cell: Cell) -> list[int]:
+    """One DP group for every batch that one has."""
+    first = {(part.cell.lengths, part.cell.prefixes): dp for dp, part in reversed(list(enumerate(cell.parts)))}
+    return list(first.values())
+
+
+def _largest_steps(cell: Cell) -> list[int]:
     """Of many chunks those that can need most: the first, and the last one of each sequence with the one before it, which may be longer."""
-    if len(cell.steps) <= MAX_STEPS:
-        return list(cell.steps)
-    ends = [sum(1 for step in cell.steps if step.lengths[sequence]) for sequence in range(len(cell.lengths))]
-    return [cell.steps[index] for index in sorted({0, *(max(0, end - back) for end in ends for back in (1, 2))})]
+    count = len(cell.token_rows)
+    if count <= MAX_STEPS:
+        return list(range(count))
+    steps = [part.cell.steps for part in cell.parts]
+    ends = [sum(1 for step in mine if step.lengths[sequence]) for mine in steps for sequence in range(len(mine[0].lengths) if mine else 0)]
+    return sorted({0, *(max(0, end - back) for end in ends for back in (1, 2))})
 
 
 def _require_kernel(scenario: Scenario, config: ModelConfig) -> None:
@@ -193,52 +193,67 @@ def _require_kernel(scenario: Scenario, config: ModelConfig) -> None:
         raise CpbenchError(f"Kernel {scenario.kernel!r} cannot run here: {reason}.", "Use --set kernel=auto, or see cpbench list kernels.")
 
 
-def _require_partition(scenario: Scenario) -> None:
+def _require_partition(scenario: Scenario, cells: Sequence[Cell]) -> None:
     """Raise where no strategy can use the partition that was asked for; where some can, the others are rows without a result."""
-    names = ["usp" if hybrid_degrees(name) else name for name in scenario.strategies or []]
+    names = list(dict.fromkeys(cell.strategy for cell in cells if cell.layout.cp > 1))
     partition = scenario.partition
-    if partition is None or scenario.cp == [1] or any(partition in STRATEGIES[name].partitions for name in names):
+    if partition is None or not names or any(partition in STRATEGIES[name].partitions for name in names):
         return
     able = ", ".join(name for name, strategy in STRATEGIES.items() if partition in strategy.partitions and name != BASELINE)
     nearest = f"Use --partition {STRATEGIES[names[0]].partitions[0]}"
     raise CpbenchError(f"{', '.join(names)} cannot use the {partition} partition.", f"{nearest}, or a strategy that can: {able}." if able else f"{nearest}.")
 
 
+def _refuse_left_out(scenario: Scenario, cells: Sequence[Cell], left: Sequence[LeftOut]) -> None:
+    """Raise for a layout that was asked for by name, and where nothing of what was asked for is left."""
+    if left and (scenario.layouts or not any(_asked(scenario, cell) for cell in cells)):
+        raise _impossible(left[0].name, f"{left[0].reason}; the nearest valid layout is {left[0].nearest}")
+
+
+def _asked(scenario: Scenario, cell: Cell) -> bool:
+    """Whether a cell is more than a baseline that was added."""
+    return scenario.cp is None or cell.layout.cp in scenario.cp
+
+
 def _refuse_impossible(scenario: Scenario, planned: list[PlannedCell]) -> None:
     """Raise for a requested value of an axis with which every cell is unsupported; a baseline that was added counts for nothing."""
-    cp = scenario.cp or [1]
-    asked = [p for p in planned if p.cell.layout.cp in cp]
+    asked = [p for p in planned if _asked(scenario, p.cell)]
     if scenario.head_groups > 1 and not any(p.cell.strategy == GROUPED for p in asked):
         raise CpbenchError(f"head_groups is for {GROUPED}, which is not among the strategies.", f"Add --strategy {GROUPED}, or leave head_groups out.")
-    if all(_memory_reason(p.cell) for p in asked if p.status == "unsupported") and all(p.status == "unsupported" for p in asked):
+    if all(p.status == "unsupported" for p in asked) and all(_memory_reason(p.cell) == p.reason for p in asked):
         raise _impossible("", asked[0].reason or "")
     for name, cells in _requested(scenario, asked):
         if cells and all(p.status == "unsupported" for p in cells):
-            raise _impossible(f"{name} cannot run: ", cells[0].reason or "")
+            raise _impossible(name, cells[0].reason or "")
 
 
 def _requested(scenario: Scenario, planned: list[PlannedCell]) -> Iterator[tuple[str, list[PlannedCell]]]:
     """Every value that was asked for by name, and the cells that have it. Strategies that nobody named may fail to run."""
-    cp, strategies = scenario.cp or [1], scenario.strategies or []
+    strategies = scenario.strategies or []
     every = {name for name in STRATEGIES if name != BASELINE}
     implied = set(COMMON_DEFAULTS["strategies"]) if strategies == COMMON_DEFAULTS["strategies"] else every if every <= set(strategies) else set()
-    for name in strategies if cp != [1] else []:
+    for name in strategies if any(p.cell.layout.cp > 1 for p in planned) else []:
         if name not in implied:
             able = [p for p in planned if p.cell.partition in STRATEGIES[p.cell.strategy].partitions]
             yield f"strategy={name}", [p for p in able if runs_as(name, p.cell)]
-    for tp in scenario.tp or []:
-        if tp > 1:
-            yield f"tp={tp}", [p for p in planned if p.cell.layout.tp == tp]
-    for degree in cp:
-        yield f"cp={degree}", [p for p in planned if p.cell.layout.cp == degree]
+    sizes = [(axis, size) for axis in ("tp", "pp", "cp", "dp") for size in getattr(scenario, axis) or [] if size > 1]
+    for axis, size in [*sizes, *([("cp", 1)] if 1 in (scenario.cp or []) else [])]:
+        yield f"{axis}={size}", [p for p in planned if p.cell.layout.size(axis) == size]
+    named: dict[Layout, list[PlannedCell]] = {Layout.parse(name): [] for name in scenario.layouts or []}
+    for p in planned if named else []:  # a hybrid has divided a layout that left it open
+        (named[p.cell.layout] if p.cell.layout in named else named[replace(p.cell.layout, ulysses=1)]).append(p)
+    yield from ((str(layout), cells) for layout, cells in named.items())
     for batch in [fields.batch for fields in scenario.batches or []]:
         yield f"lengths={batch.label}", [p for p in planned if Batch(p.cell.lengths, p.cell.prefixes) == batch]
     for seq in scenario.seq or []:
         yield f"seq={seq}", [p for p in planned if p.cell.lengths[0] == seq]
 
 
-def _impossible(what: str, reason: str) -> CpbenchError:
-    """A reason with the nearest valid value behind a semicolon as the error of the whole sweep."""
+def _impossible(asked: str, reason: str) -> CpbenchError:
+    """A reason with the nearest valid value behind a semicolon as the error of the whole sweep. `asked`: the value that it is about, if one is."""
     text, _, nearest = reason.partition("; ")
-    text = what + text if what else text[:1].upper() + text[1:]
+    if not asked:
+        text = text[:1].upper() + text[1:]
+    elif not text.startswith(f"{asked} "):
+        text = f"{asked} cannot run: {text}"
     return CpbenchError(f"{text}.", nearest[:1].upper() + nearest[1:] + "." if nearest else "")

@@ -1,7 +1,8 @@
 """What to measure: the scenario file, its fields, overrides, and the defaults that the machine decides.
 
 A scenario is YAML; command-line flags and `--set a.b=c` override it; environment variables configure nothing. The models below check
-every field and name the nearest valid value. Which cells come out of a scenario, and which of them can run, is decided in plan.py.
+every field and name the nearest valid value. What a field gets that was left out is in defaults.py as far as it depends on other fields. Which
+cells come out of a scenario, and which of them can run, is decided in plan.py.
 `python -m cpbench.scenario` prints the JSON Schema that is committed as scenarios/schema.json.
 """
 
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cpbench.batch import Batch
-from cpbench.cell import PAGE_SIZE
+from cpbench.defaults import check_names, echo_sizes, expand_strategies, fit_layers, fit_pages
 from cpbench.errors import CpbenchError, unknown
-from cpbench.fields import LIST, MAX_BATCH, BatchSize, Cached, Degree, Ratio, Seconds, Tokens, Whole, group_of_fields, readable, refuse
+from cpbench.fields import LIST, MAX_BATCH, BatchSize, Cached, Degree, LayoutName, Ratio, Seconds, Tokens, Whole, group_of_fields, readable, refuse
 from cpbench.units import format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -28,10 +29,12 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"model": "qwen3-8b", "layers": 4, "dtype": "bfloat16", "page_size": 256},  # as a server's cache; flash kernels read such pages in place
 }
 BATCH_DEFAULTS: dict[str, Any] = {"seq": [36 * 1024], "batch": [1], "prefix": [0]}
-COMMON_DEFAULTS: dict[str, Any] = {"cp": [1], "tp": [1], "strategies": ["allgather", "ring", "ulysses"]}
-NO_NOTE = ("batch", "prefix", "tp", "seq", "layers")  # defaults that go without saying, or that are said in other words
-AXES = ("seq", "batch", "prefix", "batches", "cp", "tp")  # lists that are crossed or paired
-EVERY_STRATEGY = "all"
+DEGREES = ("cp", "tp", "dp", "pp", "ep")
+DEGREE_DEFAULTS: dict[str, Any] = {name: [1] for name in DEGREES}
+COMMON_DEFAULTS: dict[str, Any] = {"strategies": ["allgather", "ring", "ulysses"]}
+NO_NOTE = ("batch", "prefix", *DEGREES[1:], "seq", "layers")  # defaults that go without saying, or that are said in other words
+LAYOUTS = (("layouts",), ("gpus",), DEGREES)  # three ways to say which layouts, of which a scenario has one
+AXES = ("seq", "batch", "prefix", "batches", *DEGREES, "layouts", "gpus")  # lists that are crossed or paired
 
 
 class _Model(BaseModel):
@@ -84,7 +87,10 @@ class BatchFields(_Model):
 
 
 class Scenario(_Model):
-    """A sweep: the axes seq x batch x prefix (or batches) x cp x tp x strategies, and what holds for all cells. A field left out gets a default."""
+    """A sweep: the axes seq x batch x prefix (or batches) x cp x tp x dp x pp x ep (or layouts, or gpus) x strategies, and what holds for all cells.
+
+    A field left out gets a default.
+    """
 
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="names the result file")
     target: Literal["prefill", "layer", "attention"] = Field("prefill", description="prefill: time to first token; layer: one decoder layer; attention alone")
@@ -98,8 +104,13 @@ class Scenario(_Model):
     batches: list[BatchFields] | None = Field(None, min_length=1, description="batches one by one, instead of seq, batch and prefix")
     cp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="context-parallel degrees")
     tp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="tensor-parallel degrees")
+    dp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="attention data-parallel degrees: groups that share out the sequences")
+    pp: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="pipeline stages that share out the layers")
+    ep: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="expert-parallel degrees; they divide the ranks of a stage")
+    layouts: Annotated[list[LayoutName], LIST] | None = Field(None, min_length=1, description="layouts by name, instead of degrees: tp8, cp8u4, pp2cp4")
+    gpus: Annotated[list[Degree], LIST] | None = Field(None, min_length=1, description="every layout of so many ranks, instead of degrees")
     strategies: Annotated[list[str], LIST] | None = Field(None, min_length=1, description="context-parallel algorithms (cpbench list strategies), u4r2, or all")
-    pair: bool = Field(False, description="pair the lists of seq, batch, prefix, batches, cp and tp that have several values, instead of crossing them")
+    pair: bool = Field(False, description="pair the lists (all but strategies) that have several values, instead of crossing them")
     partition: str | None = Field(None, description="which tokens a rank holds (cpbench list partitions); null: what each strategy prefers")
     kernel: str = Field("auto", description="attention on one device (cpbench list kernels)")
     baseline: bool = Field(True, description="also measure cp=1, from which speed-up and efficiency are computed")
@@ -119,6 +130,10 @@ class Scenario(_Model):
         clash = next((name for name in BATCH_DEFAULTS if getattr(self, name) is not None), None)
         if self.batches and clash:
             refuse(f"{clash} and batches (--lengths) both describe batches.", f"Leave {clash} out, or use seq, batch and prefix alone.")
+        used = [(name, kind) for kind in LAYOUTS for name in kind if getattr(self, name) is not None]
+        if len({kind for _, kind in used}) > 1:
+            first, second = used[0][0], next(name for name, kind in used if kind != used[0][1])
+            refuse(f"{first} and {second} both say which layouts to measure.", f"Leave {first} or {second} out; {', '.join(DEGREES)} go together.")
         several = {name: len(values) for name in AXES if (values := getattr(self, name)) and len(values) > 1}
         if self.pair and len(set(several.values())) > 1:
             sizes = ", ".join(f"{name} has {size} values" for name, size in several.items())
@@ -150,9 +165,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {"name": stem[:80] or "sweep", **data}
 
 
-def without_other_batches(data: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """What a file says, without the batches that flags replace by batches of the other kind."""
+def without_replaced(data: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """What a file says, without the batches and the layouts that flags replace by those of another kind."""
     replaced = list(BATCH_DEFAULTS) if "batches" in flags else ["batches"] if "seq" in flags else []
+    given = [kind for kind in LAYOUTS if any(name in flags for name in kind)]
+    replaced += [name for kind in LAYOUTS for name in kind if given and kind not in given]
     return {name: value for name, value in data.items() if name not in replaced}
 
 
@@ -195,18 +212,19 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
         raise CpbenchError("This machine has no CUDA device that PyTorch can use.", "Use --set device=cpu, or see cpbench doctor.")
     filled: dict[str, Any] = {"device": device}
     notes = [] if scenario.device == device else [f"device {device}"]
-    for field, default in {**DEVICE_DEFAULTS[device], **({} if scenario.batches else BATCH_DEFAULTS), **COMMON_DEFAULTS}.items():
+    degrees = {} if scenario.layouts or scenario.gpus else DEGREE_DEFAULTS
+    for field, default in {**DEVICE_DEFAULTS[device], **({} if scenario.batches else BATCH_DEFAULTS), **degrees, **COMMON_DEFAULTS}.items():
         if getattr(scenario, field) is None:
             filled[field] = copy.copy(default)
             if field not in NO_NOTE:
                 shown = ", ".join(map(str, default)) if isinstance(default, list) else default
                 notes.append(f"{field} {shown} (default on {device})" if field in DEVICE_DEFAULTS[device] else f"{field} {shown} (default)")
     result = scenario.model_copy(update=filled)
-    _check_names(result)
-    _expand_strategies(result, notes)
-    _fit_layers(result, scenario.layers, notes)
-    _fit_pages(result, notes)
-    notes += _echo_sizes(result, default=scenario.seq is None)
+    check_names(result)
+    expand_strategies(result, notes)
+    fit_layers(result, scenario.layers, notes)
+    fit_pages(result, notes)
+    notes += echo_sizes(result, default=scenario.seq is None)
     if result.baseline and result.cp and 1 not in result.cp:
         notes.append("cp=1 added as the baseline")
     timing = result.timing
@@ -219,69 +237,6 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a scenario file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Scenario.model_json_schema(), "title": "cpbench scenario"}
-
-
-def _echo_sizes(scenario: Scenario, *, default: bool) -> list[str]:
-    """Every length as an exact number."""
-    notes = [f"seq {Batch((length,)).exact}{' (default)' if default else ''}" for length in scenario.seq or []]
-    if scenario.batch and scenario.batch != [1]:
-        notes.append(f"batch {', '.join(map(str, scenario.batch))} sequences")
-    notes += [f"prefix {format_count(prefix)} = {prefix:,} cached tokens per sequence" for prefix in scenario.prefix or [] if prefix]
-    for batch in [fields.batch for fields in scenario.batches or []]:
-        notes.append(f"batch of {len(batch.lengths)}: {batch.exact}")
-    return notes + ([f"chunk {Batch((scenario.chunk,)).exact} of each sequence"] if scenario.chunk else [])
-
-
-def _check_names(scenario: Scenario) -> None:
-    from cpbench.kernels import KERNELS
-    from cpbench.models.presets import load_config
-    from cpbench.partition import PARTITIONS
-    from cpbench.strategies import STRATEGIES
-    from cpbench.strategies.usp import hybrid_degrees
-
-    load_config(scenario.model or "")
-    for name in scenario.strategies or []:
-        if name not in (*STRATEGIES, EVERY_STRATEGY) and hybrid_degrees(name) is None:
-            raise unknown("strategy", name, [*STRATEGIES, EVERY_STRATEGY, "u4r2"])
-    if scenario.partition is not None and scenario.partition not in PARTITIONS:
-        raise unknown("partition", scenario.partition, PARTITIONS)
-    if scenario.kernel != "auto" and scenario.kernel not in KERNELS:
-        raise unknown("kernel", scenario.kernel, [*KERNELS, "auto"])
-
-
-def _expand_strategies(scenario: Scenario, notes: list[str]) -> None:
-    """`all` is every algorithm. Changes `scenario.strategies` and `notes`."""
-    from cpbench.strategies import STRATEGIES
-
-    asked = scenario.strategies or []
-    if EVERY_STRATEGY in asked:
-        every = [name for name in STRATEGIES if name != "none"]
-        scenario.strategies = list(dict.fromkeys(name for entry in asked for name in (every if entry == EVERY_STRATEGY else [entry])))
-        notes.append(f"strategies {', '.join(scenario.strategies)}")
-
-
-def _fit_pages(scenario: Scenario, notes: list[str]) -> None:
-    """A cache with a capacity is one of pages. Changes `scenario.page_size` and `notes`."""
-    if scenario.cache_tokens and scenario.page_size is None:
-        scenario.page_size = PAGE_SIZE
-        notes.append(f"page_size {PAGE_SIZE} (default of a cache with cache_tokens)")
-
-
-def _fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None:
-    """Only a prefill has several layers, and no more than its model. Changes `scenario.layers` and `notes`."""
-    from cpbench.models.presets import load_config
-
-    config = load_config(scenario.model or "")
-    if scenario.target != "prefill":
-        if asked not in (None, 1):
-            raise CpbenchError(f"Target {scenario.target!r} runs one layer, not {asked}.", "Leave --layers out, or use --target prefill.")
-        scenario.layers = 1
-        return
-    if asked is None:
-        scenario.layers = min(scenario.layers or 1, config.layers)
-        notes.append(f"layers {scenario.layers} of {config.layers} (default on {scenario.device})")
-    elif asked > config.layers:
-        raise CpbenchError(f"{config.name} has {config.layers} layers, not {asked}.", f"The nearest valid value is --layers {config.layers}.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import ConsoleRenderable
 from rich.table import Table
 
+from cpbench.axes import LeftOut
 from cpbench.batch import Batch
 from cpbench.cell import DTYPE_BYTES, Cell
 from cpbench.doctor import Finding
@@ -43,6 +44,7 @@ def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Mac
     return [
         f"{scenario.target} of {scenario.model} on {scenario.device}: {describe(machine)}",
         *(f"  {note}" for note in notes),
+        *(f"  {line}" for line in _left_out(plan)),
         *(f"  in {_cells(count)} {reason}" for reason, count in Counter(p.cell.cp_off for p in plan.runnable if p.cell.cp_off).items()),
         f"{cells}{rounds}, world sizes {sizes}: about {rough_seconds(plan.seconds)}, up to {format_bytes(memory)} per rank",
     ]
@@ -81,7 +83,15 @@ def plan_json(scenario: Scenario, plan: Plan, notes: Sequence[str]) -> dict[str,
         {"id": p.cell.id, "key": p.cell.key, "status": p.status or "runs", "reason": p.reason, "estimated_s": p.seconds, "estimated_live_bytes": p.live_bytes}
         for p in plan.cells
     ]
-    return {"scenario": scenario.model_dump(mode="json"), "defaults": list(notes), "estimated_s": plan.seconds, "rounds": plan.rounds, "cells": cells}
+    left = [{"layout": entry.name, "reason": entry.reason, "nearest": str(entry.nearest)} for entry in plan.left_out]
+    return {
+        "scenario": scenario.model_dump(mode="json"),
+        "defaults": list(notes),
+        "estimated_s": plan.seconds,
+        "rounds": plan.rounds,
+        "cells": cells,
+        "left_out": left,
+    }
 
 
 def strategies(machine: Machine) -> Table:
@@ -155,6 +165,9 @@ def _notes(planned: PlannedCell, plan: Plan, machine: Machine) -> list[tuple[str
         return [(planned.status, planned.reason or "")]
     notes = [(CP_OFF, planned.cell.cp_off.removeprefix("context parallelism is off: "))] if planned.cell.cp_off else []
     size = planned.cell.world_size
+    groups, sequences = planned.cell.layout.dp, len(planned.cell.lengths)
+    if groups > sequences:
+        notes.append(("idle", f"{groups - sequences} of {groups} attention-DP groups {'has' if groups - sequences == 1 else 'have'} no sequence"))
     needed, there = planned.live_bytes * size, machine.memory_bytes
     if plan.device == "cuda":
         needed, there = planned.live_bytes, machine.gpu_memory_bytes
@@ -162,6 +175,19 @@ def _notes(planned: PlannedCell, plan: Plan, machine: Machine) -> list[tuple[str
         notes.append(("may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"))
     threads = size * plan.threads_per_rank(size)
     return [*notes, ("oversubscribed", f"{threads} threads on {plan.cores} cores")] if plan.oversubscribed(size) else notes
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """What was asked for and is no layout of the model, by reason."""
+    by_reason: dict[str, list[LeftOut]] = {}
+    for entry in plan.left_out:
+        by_reason.setdefault(entry.reason, []).append(entry)
+    lines = []
+    for reason, entries in by_reason.items():
+        nearest = list(dict.fromkeys(str(entry.nearest) for entry in entries))
+        near = f"the nearest valid layout{'s are' if len(nearest) > 1 else ' is'} {', '.join(nearest)}"
+        lines.append(f"left out: {', '.join(entry.name for entry in entries)}: {reason}; {near}")
+    return lines
 
 
 def _cells(count: int) -> str:

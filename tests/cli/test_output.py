@@ -159,6 +159,22 @@ def test_dry_run_of_batches(cpbench_command: Cpbench, golden: Golden, monkeypatc
     golden("dry_run_batches", "\n".join(out for _, out, _ in ran))
 
 
+def test_dry_run_of_layouts(cpbench_command: Cpbench, golden: Golden) -> None:
+    crossed = "sweep --tp 1,2 --cp 1,2,4 --dp 1,2 --pp 1,2 --ep 1,4 --dry-run"
+    named = "sweep --layouts tp8,cp8,tp2cp4,cp8u4,dp4,pp2dp2 --batch 3 --seq 4k --chunk 1k --strategy ring --dry-run"
+    every = "sweep --gpus 8 --seq 4k --strategy ring --dry-run"
+    ran = [cpbench_command(*command.split()) for command in (crossed, named, every)]
+    assert [(code, err) for code, _, err in ran] == [(0, "")] * 3
+    golden("dry_run_layouts", "\n".join(out for _, out, _ in ran))
+
+
+def test_what_is_left_out_is_in_the_json(cpbench_command: Cpbench) -> None:
+    plan = json.loads(cpbench_command("sweep", "--tp", "1,4", "--ep", "1,4", "--dry-run", "--json").out)
+    assert [cell["key"]["layout"] for cell in plan["cells"]] == ["cp1", "tp4"]
+    assert [(entry["layout"], entry["nearest"]) for entry in plan["left_out"]] == [("cp1/ep4", "cp1"), ("tp4/ep4", "tp4")]
+    assert plan["left_out"][1]["reason"] == "qwen3-tiny has no experts to divide"
+
+
 def test_dry_run_as_json(cpbench_command: Cpbench) -> None:
     ran = cpbench_command("sweep", "--seq", "1k", "--cp", "2,3", "--dry-run", "--json")
     plan = json.loads(ran.out)

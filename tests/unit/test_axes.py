@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cpbench.axes import cells_of, runs_as
+from cpbench.axes import cells_of, left_out, runs_as
 from cpbench.cell import Cell
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
@@ -119,3 +119,62 @@ def test_all_is_every_strategy_but_none() -> None:
 def test_the_cache_is_described_in_every_cell() -> None:
     made = cells(cp=2, baseline=True, chunk="512", page_size=16, cache_tokens="4k")
     assert {(cell.chunk, cell.page_size, cell.cache_tokens) for cell in made} == {(512, 16, 4096)}
+
+
+def test_every_degree_is_an_axis_and_the_baseline_keeps_all_but_cp() -> None:
+    assert labels(cp="2", dp="1,2", pp="1,2", tp="2", baseline=True) == [
+        *("tp2 none 2k", "cp2tp2 ring 2k", "dp2tp2 none 2k", "dp2cp2tp2 ring 2k"),
+        *("pp2tp2 none 2k", "pp2cp2tp2 ring 2k", "pp2dp2tp2 none 2k", "pp2dp2cp2tp2 ring 2k"),
+    ]
+    assert labels(cp="2,4", dp="1,2", pp="2,1", pair=True) == ["pp2cp2 ring 2k", "dp2cp4 ring 2k"]
+
+
+def test_named_layouts_run_as_they_are_without_a_baseline() -> None:
+    made = labels(layouts="tp2cp4,cp8u4,dp2,cp8", strategies="ring,usp,u4r2,u8r1", baseline=True)
+    assert made == ["cp4tp2 ring 2k", "cp4u2tp2 usp 2k", "cp8u4 usp 2k", "dp2 none 2k", "cp8 ring 2k", "cp8u2 usp 2k", "cp8u4 usp 2k", "cp8u8 usp 2k"]
+    assert labels(seq="1k,2k", layouts="cp2,tp2", pair=True) == ["cp2 ring 1k", "tp2 none 2k"]
+
+
+def test_all_layouts_of_some_ranks() -> None:
+    assert labels(gpus="4", baseline=True) == [
+        *("tp4 none 2k", "cp2tp2 ring 2k", "cp4 ring 2k", "dp2tp2 none 2k", "dp2cp2 ring 2k"),
+        *("dp4 none 2k", "pp2tp2 none 2k", "pp2cp2 ring 2k", "pp2dp2 none 2k", "pp4 none 2k"),
+    ]
+    assert len(labels(gpus="1,2")) == 5
+    assert labels(seq="1k,2k", gpus="1,2", pair=True)[:2] == ["cp1 none 1k", "tp2 none 2k"]
+
+
+def test_what_is_no_layout_of_the_model_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def left(**fields: Any) -> list[tuple[str, str, str]]:
+        scenario = resolve(parse_scenario({"seq": "2k,4k", "strategies": "ring", **fields}), CPU)[0]
+        return [(entry.name, entry.reason, str(entry.nearest)) for entry in left_out(scenario, load_config("qwen3-tiny"))]
+
+    assert left(cp="1,2,1024", tp="2", ep="1,2") == [
+        ("tp2/ep2", "qwen3-tiny has no experts to divide", "tp2"),
+        ("cp2tp2/ep2tp2", "qwen3-tiny has no experts to divide", "cp2tp2"),
+        ("cp1024tp2", "more than 1024 ranks", "cp512tp2"),
+        ("cp1024tp2/ep2", "more than 1024 ranks", "cp512tp2"),
+    ]
+    assert left(layouts="cp8u4/ep8,cp2") == [("cp8u4/ep8", "qwen3-tiny has no experts to divide", "cp8u4")]
+    monkeypatch.setattr("cpbench.axes.has_experts", lambda config: True)
+    assert left(cp="4", tp="1,2", ep="3,8", baseline=True) == [
+        ("cp4/ep3", "ep=3 does not divide the ranks of a stage", "cp4/ep2tp2"),
+        ("cp4/ep8", "ep=8 does not divide the ranks of a stage", "cp4/ep4"),
+        ("cp4tp2/ep3", "ep=3 does not divide the ranks of a stage", "cp4tp2/ep2tp4"),
+    ]
+    assert labels(cp="4", tp="1,2", ep="3,8", baseline=True) == ["tp2/ep2 none 2k", "cp4tp2/ep8 ring 2k"]
+    assert "dp2/ep2 none 2k" in labels(gpus="2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "hint"),
+    [
+        ({"gpus": "4,6"}, "strategy=u4r2 needs cp=8, which is not among cp=1, 2, 3, 4, 6.", "Add gpus=8, or use u3r2, the nearest."),
+        ({"layouts": "cp4,tp8"}, "strategy=u4r2 needs cp=8, which is not among the layouts cp4, tp8.", "Add layouts=cp8, or use u4r1, the nearest."),
+        ({"layouts": "cp8u2"}, "strategy=u4r2 needs cp=8, which is not among the layouts cp8u2.", "Add --layouts cp8."),
+    ],
+)
+def test_a_hybrid_without_a_layout(fields: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(CpbenchError) as caught:
+        cells(strategies="u4r2", **fields)
+    assert (caught.value.message, caught.value.hint) == (message, hint)

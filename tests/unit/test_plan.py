@@ -9,11 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from cpbench.cell import TARGETS, Cell
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
+from cpbench.fitting import layout_reason
 from cpbench.formulas import flops, flops_of_rank, live_bytes
-from cpbench.plan import Plan, make_plan, pass_seconds, timed_passes
+from cpbench.layout import Layout, all_layouts
+from cpbench.models.presets import PRESETS
+from cpbench.plan import Plan, make_plan, pass_seconds, timed_passes, unsupported
 from cpbench.scenario import Timing, parse_scenario, resolve
 
 CPU = Machine("cpu", 0, 2, 8 << 30, "a CPU")
@@ -112,10 +118,25 @@ def test_a_default_strategy_that_cannot_run_is_not_the_users_mistake() -> None:
         ({"cp": "6", "strategies": "u3r2"}, "strategy=u3r2 cannot run: 8 query heads", "The nearest degree is u=2."),
         ({"cp": "2", "partition": "replicated"}, "allgather, ring, ulysses cannot use the replicated partition.", "--partition zigzag, or a strategy that can"),
         ({"cp": "2", "strategies": "ulysses-gather", "partition": "zigzag"}, "ulysses-gather cannot use the zigzag partition.", "--partition replicated, or"),
-        ({"tp": "3"}, "tp=3 cannot run: 8 query heads of qwen3-tiny do not divide over tp=3.", "The nearest degree is tp=2."),
-        ({"tp": "7", "model": "qwen2.5-7b"}, "tp=7 cannot run: 4 kv heads of qwen2.5-7b", "The nearest degree is tp=4."),
+        ({"tp": "3"}, "tp=3 cannot run: 8 query heads of qwen3-tiny do not divide over tp=3.", "The nearest valid layout is tp2."),
+        ({"tp": "7", "model": "qwen2.5-7b"}, "tp=7 cannot run: 4 kv heads of qwen2.5-7b", "The nearest valid layout is tp4."),
         ({"cp": "2", "strategies": "none"}, "strategy=none cannot run: none is for cp1", "allgather"),
-        ({"cp": "1024", "tp": "2"}, "cp1024tp2 has 2048 ranks.", "1024"),
+        ({"cp": "1024", "tp": "2"}, "cp1024tp2 cannot run: more than 1024 ranks.", "The nearest valid layout is cp512tp2."),
+        ({"pp": "8"}, "pp=8 is above the 4 layers of qwen3-tiny that run.", "The nearest valid layout is pp4cp2."),
+        ({"pp": "2", "target": "layer"}, "pp=2 is above the 1 layer of qwen3-tiny that runs.", "The nearest valid layout is cp2."),
+        ({"pp": "4", "layers": 3}, "pp=4 is above the 3 layers of qwen3-tiny that run.", "The nearest valid layout is pp3."),
+        ({"pp": "8", "seq": 1}, "pp=8 is above the 4 layers", "The nearest valid layout is pp4."),  # cp=2 would need two tokens
+        ({"cp": "8", "seq": 4}, "cp=8 is above the 4 new tokens of the batch.", "The nearest valid layout is cp4."),
+        ({"cp": "8", "seq": 4, "batch": 2, "dp": 2}, "cp=8 is above the 4 new tokens of an attention-DP group.", "The nearest valid layout is dp2cp4."),
+        ({"cp": "8", "seq": 3, "strategies": "ulysses"}, "strategy=ulysses cannot run: cp=8 is above", "is cp2."),  # 8 heads do not divide by 3
+        ({"layouts": "cp8u4", "seq": 6}, "cp8u4 cannot run: cp=8 is above the 6 new tokens", "The nearest valid layout is cp6u2."),
+        ({"dp": "3"}, "dp=3 cannot run: 512 FFN columns of qwen3-tiny do not divide over dp=3.", "The nearest valid layout is dp2."),
+        ({"tp": "2", "dp": "3"}, "tp=2 cannot run: 512 FFN columns of qwen3-tiny do not divide over dp=3 x tp=2.", "The nearest valid layout is dp2tp2."),
+        ({"layouts": "tp3,cp2"}, "tp3 cannot run: 8 query heads", "The nearest valid layout is tp2."),
+        ({"layouts": "cp2,tp4/ep4"}, "tp4/ep4 cannot run: qwen3-tiny has no experts to divide.", "The nearest valid layout is tp4."),
+        ({"layouts": "cp3", "strategies": "ulysses"}, "strategy=ulysses cannot run: 8 query heads", "The nearest degree is cp=2."),
+        ({"ep": "4"}, "cp1/ep4 cannot run: ep=4 does not divide the ranks of a stage, and qwen3-tiny has no experts", "The nearest valid layout is cp1."),
+        ({"ep": "2", "cp": "4"}, "cp4/ep2tp2 cannot run: qwen3-tiny has no experts to divide.", "The nearest valid layout is cp4."),
         ({"kernel": "sdpa"}, "Kernel 'sdpa' cannot run here: ", "kernel=auto"),
     ],
 )
@@ -195,3 +216,65 @@ def test_many_chunks_are_planned_quickly_and_their_memory_is_that_of_all_steps()
     begin = time.perf_counter()
     assert len(plan(seq="1M", cp="8", chunk="8k", strategies="ring,allgather,pass-q").cells[-1].cell.steps) == 128
     assert time.perf_counter() - begin < 30.0  # about 1 s; the bound only catches plans that are made per step and rank
+
+
+def test_every_combination_of_degrees_is_a_row_or_left_out() -> None:
+    made = plan(cp="1,2,4", tp="1,2", dp="1,2", pp="1,2", ep="1,4", strategies="ring")
+    rows, left = {str(p.cell.layout) for p in made.cells}, {entry.name for entry in made.left_out}
+    assert len(rows) == len(made.left_out) == 3 * 2 * 2 * 2
+    assert {name.partition("/")[0] for name in left} == rows
+    assert {(e.name, e.reason, str(e.nearest)) for e in made.left_out if e.name in ("pp2tp2/ep4", "cp4tp2/ep4tp2")} == {
+        ("pp2tp2/ep4", "ep=4 does not divide the ranks of a stage, and qwen3-tiny has no experts to divide", "pp2tp2"),
+        ("cp4tp2/ep4tp2", "qwen3-tiny has no experts to divide", "cp4tp2"),
+    }
+    assert all(p.status is None for p in made.cells)
+
+
+def test_every_layout_of_some_ranks_is_planned_and_what_cannot_run_says_why() -> None:
+    made = plan(gpus="8", strategies="ring")
+    assert {p.cell.layout for p in made.cells} == set(all_layouts(8)) and len(made.cells) == 20
+    stopped = {str(p.cell.layout): p.reason for p in made.cells if p.status}
+    assert stopped == {"pp8": "pp=8 is above the 4 layers of qwen3-tiny that run; the nearest valid layout is pp4cp2"}
+    many = plan(CUDA, gpus="2,8", seq="1k")
+    assert {p.reason for p in many.cells if p.cell.world_size == 8} == {"needs 8 GPUs, this machine has 4"}
+    assert made.left_out == ()
+
+
+def test_groups_without_a_sequence_may_run() -> None:
+    assert [p.status for p in plan(dp="4", batch="3").cells] == [None]
+
+
+def test_a_group_that_is_too_short_for_its_strategy_stops_the_layout() -> None:
+    made = plan(seq=None, batches=[{"lengths": "8k,6,6"}], cp="2", dp="2", strategies="all")
+    reasons = {p.cell.strategy: p.reason for p in made.cells}
+    assert reasons["ring"] is None
+    assert reasons["torch-cp"] == "torch-cp needs a length that 2*cp = 4 divides, not 6; the nearest valid length is 8"
+
+
+@given(
+    st.builds(Layout, st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(1, 3)),
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.sampled_from(["none", "ring", "ulysses", "usp", "allgather"]),
+    st.sampled_from(TARGETS),
+)
+def test_the_nearest_layout_that_a_reason_names_can_run(layout: Layout, lengths: list[int], strategy: str, target: str) -> None:
+    if (strategy == "none") != (layout.cp == 1):
+        return
+    layers = 4 if target == "prefill" else 1
+    cell = Cell(target, PRESETS["qwen2.5-7b"], layers, layout, strategy, "contiguous", "auto", "float32", "cpu", tuple(lengths))
+    reason = layout_reason(cell)
+    if reason is None:
+        return
+    nearest = Layout.parse(reason.rpartition(" ")[2])
+    assert nearest != layout
+    runs = replace(cell, layout=nearest, strategy="none" if nearest.cp == 1 else "ring" if strategy == "none" else strategy)
+    assert unsupported(runs) is None
+
+
+def test_thousands_of_layouts_are_planned_quickly() -> None:
+    begin = time.perf_counter()
+    made = plan(gpus=list(range(1, 100)), strategies="ring")
+    assert len(made.cells) == sum(len(list(all_layouts(ranks))) for ranks in range(1, 100)) > 2000
+    named = plan(layouts=[f"cp{cp}" for cp in range(1, 100)], strategies="ring")
+    assert len(named.cells) == 99
+    assert time.perf_counter() - begin < 10.0  # about 1 s; the bound only catches work that grows with the square

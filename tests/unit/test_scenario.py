@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.plan import make_plan
-from cpbench.scenario import Scenario, json_schema, load_scenario, override, parse_scenario, read_yaml, resolve, without_other_batches
+from cpbench.scenario import Scenario, json_schema, load_scenario, override, parse_scenario, read_yaml, resolve, without_replaced
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 CPU = Machine("cpu", 0, 2, 8 << 30, "a CPU")
@@ -78,6 +78,17 @@ def test_sizes_durations_and_lists_read_as_people_write_them() -> None:
         ({"seq": "1,2", "cp": "2,4,8", "pair": True}, "Lists of different lengths do not pair up: seq has 2 values, cp has 3 values.", "Give each 3 values"),
         ({"chunk": "8k", "kv_cache": "drop"}, "chunk needs the K/V cache: each chunk reads what the ones before it left.", "kv_cache=keep"),
         ({"page_size": 0}, "page_size: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"dp": 0}, "dp: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"gpus": "8,0"}, "gpus: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
+        ({"gpus": 2000}, "gpus: 2000 is not possible: it must be at most 1024.", "1024"),
+        ({"layouts": "cp2,xx"}, "layouts: 'xx' is not a layout.", "cp4tp2"),
+        ({"layouts": ["tp8/ep3"]}, "layouts: tp8 has 8 ranks, and the expert axes /ep3 are 3 ranks.", "tp8/ep4tp2"),
+        ({"layouts": 8}, "layouts: '8' is not text.", "text"),
+        ({"layouts": ","}, "layouts: the list is empty.", "at least one"),
+        ({"layouts": "tp2", "tp": 2}, "layouts and tp both say which layouts to measure.", "Leave layouts or tp out"),
+        ({"gpus": 8, "ep": 2}, "gpus and ep both say which layouts to measure.", "Leave gpus or ep out"),
+        ({"gpus": 8, "layouts": "tp8"}, "layouts and gpus both say which layouts to measure.", "Leave layouts or gpus out"),
+        ({"dp": "1,2", "pp": "1,2,4", "pair": True}, "Lists of different lengths do not pair up: dp has 2 values, pp has 3 values.", "Give each 3 values"),
         ({"head_groups": 0}, "head_groups: 0 is not possible: it must be at least 1.", "nearest valid value is 1"),
     ],
 )
@@ -178,9 +189,48 @@ def test_batches_read_as_people_write_them_and_are_echoed() -> None:
 
 
 def test_flags_replace_the_batches_of_a_file() -> None:
-    assert without_other_batches({"seq": 1, "prefix": 2, "cp": 3}, {"batches": []}) == {"cp": 3}
-    assert without_other_batches({"batches": [], "cp": 3}, {"seq": "1k"}) == {"cp": 3}
-    assert without_other_batches({"seq": 1, "cp": 3}, {"cp": 4}) == {"seq": 1, "cp": 3}
+    assert without_replaced({"seq": 1, "prefix": 2, "cp": 3}, {"batches": []}) == {"cp": 3}
+    assert without_replaced({"batches": [], "cp": 3}, {"seq": "1k"}) == {"cp": 3}
+    assert without_replaced({"seq": 1, "cp": 3}, {"cp": 4}) == {"seq": 1, "cp": 3}
+
+
+def test_flags_replace_the_layouts_of_a_file() -> None:
+    assert without_replaced({"cp": 3, "ep": 2, "seq": 1}, {"layouts": "tp2"}) == {"seq": 1}
+    assert without_replaced({"layouts": "tp2", "gpus": 8, "seq": 1}, {"pp": 2}) == {"seq": 1}
+    assert without_replaced({"layouts": "tp2"}, {"gpus": 2}) == {}
+    assert without_replaced({"layouts": "tp2", "seq": 1}, {"layouts": "cp2", "seq": 2}) == {"layouts": "tp2", "seq": 1}
+    assert without_replaced({"cp": 3, "tp": 2}, {"cp": 4}) == {"cp": 3, "tp": 2}
+
+
+def test_layouts_have_their_canonical_names_and_no_degrees_beside_them() -> None:
+    scenario, notes = resolve(parse_scenario({"layouts": "tp2cp4, tp2cp4/ep8, cp8u4"}), CPU)
+    assert scenario.layouts == ["cp4tp2", "cp4tp2/ep8", "cp8u4"]
+    assert scenario.cp is scenario.tp is scenario.dp is scenario.pp is scenario.ep is None
+    assert not [note for note in notes if "cp" in note and "baseline" in note]
+    assert resolve(parse_scenario({"cp": 2}), CPU)[0].ep == [1]
+
+
+PIPELINE = "pp without --chunk: the batch is one micro-batch, so that the stages of a pipeline work one after the other"
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "layers", "note"),
+    [
+        ({"pp": "1,2"}, CPU, 2, "layers 2 of 4 (default: one per pipeline stage)"),
+        ({"layouts": "cp2,pp3dp2"}, CPU, 3, "layers 3 of 4 (default: one per pipeline stage)"),
+        ({"gpus": "8,2"}, CPU, 4, "layers 4 of 4 (default: one per pipeline stage)"),
+        ({"pp": 4}, CUDA, 4, "layers 4 of 36 (default on cuda)"),
+        ({"pp": 6}, CUDA, 6, "layers 6 of 36 (default: one per pipeline stage)"),
+        ({"pp": 1, "cp": 8}, CPU, 1, "layers 1 of 4 (default on cpu)"),
+    ],
+)
+def test_there_is_a_layer_for_every_stage(data: dict[str, object], machine: Machine, layers: int, note: str) -> None:
+    scenario, notes = resolve(parse_scenario(data), machine)
+    assert scenario.layers == layers and note in notes
+    assert (PIPELINE in notes) == (data.get("pp") != 1)
+    assert PIPELINE not in resolve(parse_scenario({**data, "chunk": "8k"}), machine)[1]
+    assert PIPELINE not in resolve(parse_scenario({**data, "target": "layer"}), machine)[1]
+    assert resolve(parse_scenario({**data, "layers": 1}), machine)[0].layers == 1
 
 
 def test_all_strategies_are_named() -> None:
@@ -199,7 +249,7 @@ def test_what_was_asked_for_is_kept_and_is_no_note() -> None:
 BATCHES = {"batches": [{"lengths": [5, 6], "prefixes": 3}, {"lengths": "7"}], "strategies": "all", "cache_tokens": "1k"}
 
 
-@pytest.mark.parametrize("data", [{}, {"target": "layer"}, {"seq": "8k", "cp": [2, 4], "rounds": 3}, BATCHES])
+@pytest.mark.parametrize("data", [{}, {"target": "layer"}, {"seq": "8k", "cp": [2, 4], "rounds": 3}, BATCHES, {"layouts": "tp2cp4,pp2"}, {"gpus": 4}])
 @pytest.mark.parametrize("machine", [CPU, CUDA])
 def test_resolving_twice_changes_nothing(data: dict[str, object], machine: Machine) -> None:
     once, _ = resolve(parse_scenario(data), machine)

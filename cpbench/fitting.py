@@ -1,0 +1,108 @@
+"""Which layouts a model and a batch fit on: why a cell's layout does not fit, and the nearest one that does.
+
+An axis cannot have more ranks than there is to divide: layers over pipeline stages, heads and columns over tensor-parallel ranks, new
+tokens over context-parallel ones. Attention-DP groups without a sequence are idle, which is no error. What one strategy needs beside this
+is in its `check`, and what the sizes of a layout must multiply to in layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+
+from cpbench.batch import spread
+from cpbench.cell import Cell
+from cpbench.layout import MAX_RANKS, Layout, divisors
+from cpbench.models.config import ModelConfig
+from cpbench.strategies import STRATEGIES
+
+
+def has_experts(config: ModelConfig) -> bool:
+    """Whether a model has experts that a layout can divide. Every architecture that config.py reads is dense."""
+    return False
+
+
+def layout_reason(cell: Cell) -> str | None:
+    """Why the model or the batch does not divide as the layout says, with the nearest layout on which they do; None where they do."""
+    layout, config = cell.layout, cell.config
+    what = undivided(config, cell.target, layout.dp, layout.tp)
+    if what is None and layout.pp > cell.layers:
+        layers = f"layer of {config.name} that runs" if cell.layers == 1 else f"layers of {config.name} that run"
+        what = f"pp={layout.pp} is above the {cell.layers} {layers}"
+    if what is None and layout.cp > 1 and layout.cp > (tokens := most_tokens(cell.lengths, layout.dp)):
+        new = "new token" if tokens == 1 else "new tokens"
+        what = f"cp={layout.cp} is above the {tokens} {new} of {'the batch' if layout.dp == 1 else 'an attention-DP group'}"
+    return what and f"{what}; the nearest valid layout is {_nearest(cell)}"
+
+
+def strategy_reason(cell: Cell) -> str | None:
+    """Why the strategy cannot run what one of the attention-DP groups has to do; None if it can."""
+    strategy = STRATEGIES[cell.strategy]
+    if cell.layout.dp == 1:
+        return strategy.check(cell)
+    group = replace(cell.layout, pp=1, dp=1, moe_dp=1, ep=1, moe_tp=0)
+    batches = {_batch_of(cell, sequences) for sequences in spread(cell.lengths, cell.layout.dp) if sequences}
+    return next((reason for one in sorted(batches) if (reason := strategy.check(replace(cell, layout=group, lengths=one[0], prefixes=one[1])))), None)
+
+
+def _batch_of(cell: Cell, sequences: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths and prefixes of some sequences."""
+    return tuple(cell.lengths[s] for s in sequences), tuple(cell.prefixes[s] for s in sequences)
+
+
+def undivided(config: ModelConfig, target: str, dp: int, tp: int) -> str | None:
+    """What of the model does not divide over so many ranks; None if all does. Attention-DP groups share one copy of the feed-forward block."""
+    what, over = None, f"tp={tp}"
+    if config.heads % tp:
+        what = f"{config.heads} query heads"
+    elif config.kv_heads % tp and tp % config.kv_heads:
+        what = f"{config.kv_heads} kv heads"
+    elif target == "prefill" and config.vocab % tp:
+        what = f"{config.vocab} vocabulary rows"
+    elif target != "attention" and config.intermediate % (dp * tp):
+        what, over = f"{config.intermediate} FFN columns", " x ".join(f"{name}={size}" for name, size in (("dp", dp), ("tp", tp)) if size > 1)
+    return what and f"{what} of {config.name} do not divide over {over}"
+
+
+@lru_cache(maxsize=4096)
+def most_tokens(lengths: tuple[int, ...], groups: int) -> int:
+    """New tokens of the attention-DP group that has most."""
+    return max(sum(lengths[sequence] for sequence in sequences) for sequences in spread(lengths, groups))
+
+
+def _nearest(cell: Cell) -> Layout:
+    """The nearest layout that fits. Ranks of stages for which there are no layers divide the tokens, where they can."""
+    layout, config, target = cell.layout, cell.config, cell.target
+    dp, tp = _nearest_divided(config, target, layout)
+    pp, tokens = min(layout.pp, cell.layers), most_tokens(cell.lengths, dp)
+    wider = layout.cp * layout.pp // pp
+    degrees = [wider] if wider <= tokens and not layout.pp % pp else []
+    found = (Layout(pp, dp, cp, tp, u) for cp in [*degrees, *range(min(layout.cp, tokens), 0, -1)] for u in _hybrids(layout.ulysses, cp))
+    return next(fitting for fitting in found if _runs(cell, fitting))
+
+
+def _nearest_divided(config: ModelConfig, target: str, layout: Layout) -> tuple[int, int]:
+    """The nearest dp and tp over which the model divides; tp is looked for first, because heads restrict it."""
+    room = MAX_RANKS // (layout.pp * layout.cp)
+    tp = next(tp for tp in _outwards(layout.tp, min(room // layout.dp, config.heads)) if undivided(config, target, 1, tp) is None)
+    return next(dp for dp in _outwards(layout.dp, room // tp) if undivided(config, target, dp, tp) is None), tp
+
+
+def _outwards(wanted: int, largest: int) -> Iterator[int]:
+    """1 to `largest`, those nearest to `wanted` first and the smaller one of two."""
+    for distance in range(max(wanted, largest)):
+        if 1 <= wanted - distance <= largest:
+            yield wanted - distance
+        if distance and wanted + distance <= largest:
+            yield wanted + distance
+
+
+def _hybrids(ulysses: int, cp: int) -> list[int]:
+    """Ways to divide a hybrid's group, those nearest to `ulysses` first; what is not divided stays so."""
+    return sorted(divisors(cp), key=lambda degree: (abs(degree - ulysses), degree)) if ulysses > 1 else [1]
+
+
+def _runs(cell: Cell, layout: Layout) -> bool:
+    """Whether the strategy of a cell can run on a layout that fits. One context-parallel rank needs none, and more than one always have one."""
+    return cell.strategy == "none" or layout.cp == 1 or strategy_reason(replace(cell, layout=layout)) is None
