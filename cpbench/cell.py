@@ -215,7 +215,7 @@ class Cell:
         """The inverse of `to_dict`."""
         return cls(
             target=data["target"],
-            config=ModelConfig(**data["config"]),
+            config=ModelConfig.from_dict(data["config"]),
             layers=data["layers"],
             layout=Layout.parse(data["layout"]),
             strategy=data["strategy"],

@@ -1,19 +1,19 @@
 """Closed forms for a whole cell: operations, wire bytes, score pairs and the peak of live tensors.
 
-The formulas of a strategy stand in its file; this module adds what the decoder around it costs. Pure numbers:
-nothing is run and torch is not imported. Tests hold every one of them against what is counted or measured.
+The formulas of a strategy stand in its file and those of the feed-forward block in feed_forward.py; this module adds what the decoder
+around them costs. Pure numbers: nothing is run and torch is not imported. Tests hold every one of them against what is counted or measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 
+from cpbench import feed_forward
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
-from cpbench.sharding import ATTENTION, DENSE_MLP, VOCABULARY, TokenRows, exchange
+from cpbench.sharding import ATTENTION, VOCABULARY, TokenRows
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import row_values
 
@@ -37,21 +37,10 @@ def flops_of_rank(cell: Cell, rank: int) -> int:
     if cell.target == "attention":
         return attention
     projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
-    mlp = sum(6 * mlp_rows(cell, step, place) * config.hidden * mlp_columns(cell) for step in cell.token_rows)
-    layers = (attention + projections + mlp) * len(cell.stage_layers(place.pp))
+    stage = cell.stage_layers(place.pp)
+    layers = (attention + projections) * len(stage) + sum(feed_forward.flops(cell, step, place, layer) for step in cell.token_rows for layer in stage)
     head = 2 * len(cell.parts[place.dp].sequences) * config.hidden * config.vocab // cell.layout.tp
     return layers + (head if cell.target == "prefill" and place.pp == cell.layout.pp - 1 else 0)
-
-
-def mlp_columns(cell: Cell) -> int:
-    """Columns of the feed-forward block on one rank."""
-    return cell.config.intermediate // prod(cell.layout.size(axis) for axis in DENSE_MLP)
-
-
-def mlp_rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
-    """Tokens that the feed-forward block of a rank sees in a step: its own, or those gathered."""
-    gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
-    return sum(gathers[-1].rows) if gathers else step.rows[place.dp][place.cp]
 
 
 def flops(cell: Cell) -> int:
@@ -70,9 +59,9 @@ def _flops_of_part(cell: Cell) -> int:
         return attention * layout.tp
     rows = cell.tokens * (layout.cp if cell.cp_off or cell.partition == "replicated" else 1)
     projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
-    mlp = 6 * rows * config.hidden * config.intermediate // layout.tp
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
-    return layout.tp * (cell.layers * (attention + projections + mlp) + layout.cp * head)
+    mlp = sum(feed_forward.whole_flops(cell, rows, layer) for layer in range(cell.layers))
+    return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
 
 
 def traffic(cell: Cell, rank: int) -> Traffic:
@@ -99,22 +88,16 @@ def _attention_traffic(step: Cell, cp_rank: int) -> Traffic:
 
 def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates) -> Traffic:
     """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
-    layers, mine, total = len(cell.stage_layers(place.pp)), step.rows[place.dp][place.cp], Traffic()
-    row = cell.config.hidden * cell.element_bytes
-    blocks = [(ATTENTION, layers), (DENSE_MLP, layers)] if mine else [(DENSE_MLP, layers)]
-    if cell.target == "prefill" and place.pp == 0 and mine:
-        blocks.append((VOCABULARY, 1))
-    for weights, calls in blocks:
-        plan = exchange(cell.layout, place, step, weights)
-        for gather in plan.gathers:
-            own = gather.rows[getattr(place, gather.axis)]
-            total.add(gather.axis, "all_gather", calls * (sum(gather.rows) - own) * row, calls)
-            total.add(gather.axis, "reduce_scatter", calls * own * (len(gather.rows) - 1) * row, calls)
-        for axis in plan.sums if mine else ():
-            size = cell.layout.size(axis)
-            total.add(axis, "all_reduce", calls * (2 * mine * row * (size - 1) // size), calls)
-    if cell.target == "prefill" and place.pp > 0 and mine:
-        total.add("pp", "send_recv", mine * row)
+    layers, mine, total = cell.stage_layers(place.pp), step.rows[place.dp][place.cp], Traffic()
+    if mine:
+        total += feed_forward.block_traffic(cell, step, place, ATTENTION).times(len(layers))
+    for layer in layers:
+        total += feed_forward.traffic(cell, step, place, layer)
+    if cell.target == "prefill" and mine:
+        if place.pp == 0:
+            total += feed_forward.block_traffic(cell, step, place, VOCABULARY)
+        else:
+            total.add("pp", "send_recv", mine * cell.config.hidden * cell.element_bytes)
     return total
 
 
@@ -137,7 +120,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
         inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
         return fixed + attention + inputs * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
-    moment = max(attention, *(_mlp_bytes(cell, cell.token_rows[index], place) for index in chosen))
+    moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer) for index in chosen for layer in layers))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
     angles = largest * config.head_dim * 4  # cos and sin in fp32, half a head each
     return fixed + moment + weights_bytes(cell, rank) + hidden + angles
@@ -180,19 +163,6 @@ def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
     return _StepBytes(kept, buffers, max(project, rotate, q + attend, q + residual))
 
 
-def _mlp_bytes(cell: Cell, step: TokenRows, place: Coordinates) -> int:
-    """Alive at the largest moment of the feed-forward block: gathering, computing, or scattering its sums."""
-    row, rows = cell.config.hidden * cell.element_bytes, mlp_rows(cell, step, place)
-    compute = rows * row + 2 * rows * mlp_columns(cell) * cell.element_bytes
-    gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
-    moments, before = [compute], step.rows[place.dp][place.cp]
-    for gather in gathers:
-        moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
-        moments.append((sum(gather.rows) + before * (1 + len(gather.rows))) * row)  # partial sums, what is received, its sum
-        before = sum(gather.rows)
-    return max(moments)
-
-
 def cached_tokens(cell: Cell, cp_rank: int) -> list[int]:
     """Tokens of each sequence that a context-parallel rank has in pages when a pass is over."""
     strategy, last = STRATEGIES[cell.steps[0].strategy], cell.steps[-1]
@@ -228,8 +198,8 @@ def weights_bytes(cell: Cell, rank: int = 0) -> int:
     attention = config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
     bias = config.head_dim * (cell.heads + 2 * cell.kv_heads) if config.qkv_bias else 0
     norms = 2 * config.hidden + (2 * config.head_dim if config.qk_norm else 0)
-    layer = attention + bias + norms + 3 * config.hidden * mlp_columns(cell)
-    first, last = place.pp == 0, place.pp == layout.pp - 1
+    first, last, layers = place.pp == 0, place.pp == layout.pp - 1, cell.stage_layers(place.pp)
     tables = first + last - (first and last and config.tied_embeddings)
     ends = config.hidden * (last + config.vocab // layout.tp * tables) if cell.target == "prefill" else 0
-    return (layer * len(cell.stage_layers(place.pp)) + ends) * cell.element_bytes
+    blocks = (attention + bias + norms) * len(layers) + sum(feed_forward.parameters(cell, layer) for layer in layers)
+    return (blocks + ends) * cell.element_bytes

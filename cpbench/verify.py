@@ -193,12 +193,15 @@ def _cells(part: Part, asked: Fields, device: str) -> Iterator[Cell]:
         for cell in cells_of(parse_scenario({"target": "attention", "layers": layers} | fields), config):
             if cell.strategy == BASELINE and "strategies" in asked and not asked.keys() & {"cp", "layouts"} and BASELINE not in asked["strategies"]:
                 continue
-            if cell.layout.pp > 1 and "target" not in asked:  # stages are of layers
-                layers = max(2, cell.layout.pp)
-                cell = replace(cell, target="prefill", layers=layers, config=replace(config, layers=layers))
             every = STRATEGIES[cell.strategy].partitions if part.all_partitions else (cell.partition,)
             for partition in every if "partition" not in asked or cell.layout.cp == 1 else (asked["partition"],):
-                yield replace(cell, partition=partition)
+                yield replace(cell if "target" in asked else _with_stages(cell), partition=partition)
+
+
+def _with_stages(cell: Cell) -> Cell:
+    """Pipeline stages are of layers: where a layout has some, a prefill of as many layers."""
+    layers = max(2, cell.layout.pp)
+    return replace(cell, target="prefill", layers=layers, config=replace(cell.config, layers=layers)) if cell.layout.pp > 1 else cell
 
 
 def _ranks(part: Part, asked: Fields) -> list[Fields]:

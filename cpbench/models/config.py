@@ -32,8 +32,62 @@ REMEDIES = {  # field -> what to do about it; any other is set to null
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434): K and V of all heads are made from one latent row per token."""
+
+    kv_rank: int  # width of the normed latent
+    rope_dim: int  # of the key part that is rotated, shared by all heads
+    nope_dim: int  # of the key part of each head that is not
+    v_dim: int
+    q_rank: int | None = None  # None: queries are projected at once
+
+    @property
+    def row_values(self) -> int:
+        """Values of one token that are cached and travel: the latent and the rotated key part."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in every layer from `first` on. Each expert is a SwiGLU of width `intermediate`; `shared` ones see every token."""
+
+    count: int
+    top_k: int
+    intermediate: int
+    shared: int = 0
+    first: int = 0  # dense layers before the first sparse one
+    groups: int = 1  # of experts, of which `top_groups` may be chosen
+    top_groups: int = 1
+    scoring: str = "softmax"  # or sigmoid: scores of the experts for a token
+    correction: bool = False  # a bias on the scores that chooses but does not weigh, and groups by the sum of their two best (V3)
+    normalised: bool = True  # the weights of the chosen experts sum to 1, before `scale`
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The lightning indexer of DeepSeek sparse attention (V3.2): every query attends to the `top_k` keys that score highest."""
+
+    heads: int
+    dim: int
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies stretched to longer contexts (arXiv 2309.00071)."""
+
+    factor: float
+    original: int  # positions that the model was trained on
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A dense decoder with grouped-query attention. Sizes are numbers of elements."""
+    """A decoder with grouped-query or latent attention, dense or with experts. Sizes are numbers of elements."""
 
     name: str
     hidden: int
@@ -48,6 +102,10 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     tied_embeddings: bool = False
+    latent: LatentAttention | None = None  # then head_dim is that of q and k, and every head has its own k and v
+    experts: Experts | None = None
+    indexer: Indexer | None = None
+    yarn: Yarn | None = None
 
     def __post_init__(self) -> None:
         for field in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
@@ -65,6 +123,16 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`."""
+        parts = {"latent": LatentAttention, "experts": Experts, "indexer": Indexer, "yarn": Yarn}
+        return cls(**{name: parts[name](**value) if name in parts and value is not None else value for name, value in data.items()})
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward block of a layer is a mixture of experts."""
+        return self.experts is not None and layer >= self.experts.first
 
     def reduced(self) -> ModelConfig:
         """The same heads and rules with a narrow width and two layers at most: what numerics are checked on where the model is wide."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpbench import formulas, sharding
+from cpbench import feed_forward, formulas, sharding
 from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.communicator import Communicator
@@ -93,12 +93,14 @@ def test_a_rank_sees_its_tokens_summed_once_over_every_part(name, weights):
 @pytest.mark.parametrize("chunk", [None, 48])
 def test_a_feed_forward_block_over_all_ranks_of_a_stage_gives_the_answer_of_one_device(monkeypatch, lengths, chunk):
     """The same rule with weights cut over dp, cp and tp, as experts are: gathered tokens, traffic and answer are right."""
-    for where in (DenseMLP, formulas):
-        monkeypatch.setattr(where, "axes" if where is DenseMLP else "DENSE_MLP", EXPERTS)
+    monkeypatch.setattr(DenseMLP, "axes", EXPERTS)
+    monkeypatch.setattr(feed_forward, "DENSE_MLP", EXPERTS)
     cell = Cell("prefill", PRESETS["qwen3-tiny"], 2, Layout(dp=2, cp=2, tp=2), "allgather", "zigzag", "auto", "float32", "cpu", lengths, chunk=chunk)
     kernel, world, one_device = load_kernel("cpu_flash"), LocalWorld(8, 60), OneDevice(CPU)
     answers = world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), kernel, CPU, Models()))[0]
     assert {axis for axis, operation in answers[-1].received[0].counts if operation == "reduce_scatter"} >= {"dp"}
+    for rank, received in enumerate(answers[-1].received):
+        assert received == formulas.traffic(cell, rank)
     monkeypatch.undo()  # one device has no other ranks
     truth = one_device.truth(cell)
     for rows in answers[-1].copies.values():
