@@ -1,19 +1,40 @@
-"""Where the values of a model come from: random numbers that are a function of (seed, parameter name, global index).
+"""Where the values of a model come from: random numbers that are a function of (seed, parameter name, global index), or a checkpoint.
 
-A rank makes its own shard without its neighbours', and every layout has the same model, so answers can be compared over layouts.
-Linear weights are uniform with standard deviation fan_in^-0.5, so that activations keep their size; norm weights lie around 1.
+A rank makes or reads its own shard without its neighbours', and every layout has the same model, so answers can be compared over layouts.
+Random linear weights are uniform with standard deviation fan_in^-0.5, so that activations keep their size; norm weights lie around 1.
+Which tensors a checkpoint has, and whether they are those of a model, is decided in checkpoint.py.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from cpbench.models.checkpoint import BLOCK, SCALE, Checkpoint
+
 ROW_CHUNK_ELEMENTS = 1 << 20
+
+
+class Weights(Protocol):
+    """Shards of named parameters. Two that are equal give the same values, so that decoders are kept under them."""
+
+    def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
+        ...
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """A norm weight [size]."""
+        ...
+
+    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
+        """The given entries of a bias [size]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,55 @@ class RandomWeights:
             value = bits.to(torch.float32).mul_(std * 3**0.5 / 2**31).add_(mean)
             out[start : start + step] = value.to(self.rounded_to or self.dtype)
         return out
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Shards of the tensors of a checkpoint on a device, in a dtype. Of each file only what a shard covers is read."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device
+    rounded_to: torch.dtype | None = None  # as in RandomWeights
+    _files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # open files by name: opening one parses its header
+
+    def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
+        return self._read(name, shape, (rows, columns))
+
+    def norm(self, name: str, size: int) -> Tensor:
+        """A norm weight [size]."""
+        return self._read(name, (size,), (None,))
+
+    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
+        """The given entries of a bias [size]."""
+        return self._read(name, (size,), (rows,))
+
+    def _read(self, name: str, shape: tuple[int, ...], parts: tuple[range | None, ...]) -> Tensor:
+        """A copy: a view of the file would hold all of it, and be read from disk when it is first used."""
+        stored = self.checkpoint.tensors[name]
+        assert stored.shape == shape, f"{name} is {stored.shape} in the checkpoint and {shape} in the model"
+        part = tuple(slice(part.start, part.stop) if part is not None else slice(0, size) for part, size in zip(parts, shape, strict=True))
+        value: Tensor = self._slice(name)[part]
+        if value.dtype == torch.float8_e4m3fn:
+            value = value.float() * self._scales(name, part)
+        out = torch.empty(value.shape, dtype=self.dtype, device=self.device)
+        return out.copy_(value.to(self.rounded_to or self.dtype))
+
+    def _scales(self, name: str, part: tuple[slice, ...]) -> Tensor:
+        """The scale of every value of a slice of an FP8 weight, from those of the blocks that the slice touches."""
+        scales: Tensor = self._slice(name + SCALE)[tuple(slice(cut.start // BLOCK, -(-cut.stop // BLOCK)) for cut in part)]
+        for dimension, cut in enumerate(part):
+            blocks = torch.arange(cut.start, cut.stop) // BLOCK - cut.start // BLOCK
+            scales = scales.index_select(dimension, blocks)
+        return scales.float()
+
+    def _slice(self, name: str) -> Any:
+        """A tensor of which nothing is read until it is indexed."""
+        file = self.checkpoint.tensors[name].file
+        if file not in self._files:
+            self._files[file] = safe_open(self.checkpoint.folder / file, framework="pt")
+        return self._files[file].get_slice(name)
 
 
 def token_ids(seed: int, lengths: Sequence[int], vocab: int) -> Tensor:

@@ -1,0 +1,339 @@
+"""Checkpoints that transformers has saved: the same logits and first tokens as its models, and a refusal by name of everything else."""
+
+import json
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cpbench.answer import solve
+from cpbench.cell import Cell
+from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.mesh import local_groups
+from cpbench.errors import CpbenchError
+from cpbench.kernels import load_kernel
+from cpbench.layout import Layout
+from cpbench.models.checkpoint import BLOCK, INDEX, SCALE, SINGLE, Checkpoint
+from cpbench.models.config import from_hugging_face
+from cpbench.models.decoder import Decoder
+from cpbench.models.parameters import parameters
+from cpbench.models.weights import CheckpointWeights, token_ids
+from cpbench.program import Models
+
+transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
+CPU = torch.device("cpu")
+LENGTHS = (37, 61, 5)
+SMALL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+ODD = {"vocab_size": 250, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6}
+ONE_KV = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 84, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1}
+MODELS = {  # family, sizes, largest file
+    "llama": ("Llama", SMALL | {"head_dim": 16, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "1GB"),
+    "llama-tied": ("Llama", ODD | {"head_dim": 12, "tie_word_embeddings": True}, "60KB"),
+    "qwen2": ("Qwen2", ODD | {"tie_word_embeddings": False}, "60KB"),
+    "qwen2-tied": ("Qwen2", SMALL | {"tie_word_embeddings": True}, "1GB"),
+    "qwen3": ("Qwen3", SMALL | {"head_dim": 24, "tie_word_embeddings": False}, "100KB"),
+    "qwen3-tied": ("Qwen3", ONE_KV | {"head_dim": 10, "tie_word_embeddings": True}, "1GB"),
+}
+LAYOUTS = [
+    ("cp1", "none", "contiguous"),
+    ("tp2", "none", "contiguous"),
+    ("cp2", "allgather", "zigzag"),
+    ("cp2", "ring", "zigzag"),
+    ("cp2", "ulysses", "contiguous"),
+    ("pp2", "none", "contiguous"),
+    ("dp2", "none", "contiguous"),
+    ("cp2tp2", "ring", "zigzag"),
+]
+
+
+def saved(name, folder):
+    """A random model of a family, its norms and biases not at their defaults, saved as transformers does."""
+    family, sizes, largest = MODELS[name]
+    torch.manual_seed(len(name))
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name or "bias" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            else:
+                parameter.mul_(3)
+    model.save_pretrained(folder, max_shard_size=largest)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name -> (folder, logits of the last tokens by transformers), made on first use."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = saved(name, folder)
+            ids = token_ids(3, LENGTHS, model.config.vocab_size)
+            with torch.no_grad():
+                made[name] = folder, torch.stack([model(part[None]).logits[0, -1] for part in ids.split(list(LENGTHS))])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint in one file that a test may spoil."""
+    saved("qwen3-tied", tmp_path)
+    return tmp_path
+
+
+def answer_of(monkeypatch, checkpoint, config, layout, strategy, partition, lengths=LENGTHS):
+    def decoder(config, random, part):
+        return Decoder(config, CheckpointWeights(checkpoint, random.dtype, random.device, random.rounded_to), part)
+
+    monkeypatch.setattr("cpbench.program.Decoder", decoder)
+    cell = Cell("prefill", config, config.layers, Layout.parse(layout), strategy, partition, "cpu_flash", "float32", "cpu", lengths, seed=3)
+    world = LocalWorld(cell.world_size, 60)
+    return world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), CPU, Models()))[0][-1]
+
+
+@pytest.mark.parametrize(("layout", "strategy", "partition"), LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_gives_the_logits_and_first_tokens_of_transformers(checkpoints, monkeypatch, name, layout, strategy, partition):
+    folder, expected = checkpoints(name)
+    config, checkpoint = from_hugging_face(folder), Checkpoint.open(folder)
+    checkpoint.require(config, config.layers)
+    answer = answer_of(monkeypatch, checkpoint, config, layout, strategy, partition)
+    assert float((answer.logits - expected).norm() / expected.norm()) < 2e-5
+    assert list(answer.first_tokens) == expected.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_parameters_of_a_model_are_those_that_transformers_saves(checkpoints, name):
+    folder, _ = checkpoints(name)
+    config = from_hugging_face(folder)
+    stored = {name: entry.shape for name, entry in Checkpoint.open(folder).tensors.items()}
+    assert stored == dict(parameters(config, config.layers))
+    assert (len({entry.file for entry in Checkpoint.open(folder).tensors.values()}) > 1) == (MODELS[name][2] != "1GB")
+
+
+def test_every_slice_is_that_of_the_whole_tensor_and_a_copy(folder):
+    whole = load_file(folder / SINGLE)
+    weights = CheckpointWeights(Checkpoint.open(folder), torch.float32, CPU)
+    name = "model.layers.1.mlp.down_proj.weight"
+    for rows, columns in [(None, None), (range(3, 31), None), (None, range(7, 8)), (range(63, 64), range(83))]:
+        part = whole[name][rows.start if rows else 0 : rows.stop if rows else None, columns.start if columns else 0 : columns.stop if columns else None]
+        read = weights.linear(name, (64, 84), rows, columns)
+        assert torch.equal(read, part)
+        assert read.untyped_storage().nbytes() == 4 * read.numel(), "a view keeps the whole file in memory"
+    assert torch.equal(weights.norm("model.norm.weight", 64), whole["model.norm.weight"])
+
+
+def test_values_are_converted_once_and_rounded_where_the_reference_asks_for_it(folder):
+    whole = load_file(folder / SINGLE)["model.embed_tokens.weight"]
+    checkpoint = Checkpoint.open(folder)
+    assert torch.equal(CheckpointWeights(checkpoint, torch.bfloat16, CPU).linear("model.embed_tokens.weight", (300, 64)), whole.bfloat16())
+    reference = CheckpointWeights(checkpoint, torch.float64, CPU, torch.bfloat16).linear("model.embed_tokens.weight", (300, 64))
+    assert torch.equal(reference, whole.bfloat16().double())
+
+
+def test_weights_are_equal_where_their_values_are(folder):
+    one, other = (CheckpointWeights(Checkpoint.open(folder), torch.float32, CPU) for _ in range(2))
+    one.norm("model.norm.weight", 64)
+    assert one == other and hash(one) == hash(other)
+    assert one != replace(other, dtype=torch.bfloat16)
+    tensors = load_file(folder / SINGLE)
+    name = Checkpoint.open(folder).name
+    assert name.startswith(f"{folder.name}@") and str(folder.parent) not in name
+    first = min(tensors)
+    save_file(tensors | {first: tensors[first] + 1}, folder / SINGLE)
+    changed = Checkpoint.open(folder)
+    assert changed.name != name and len(changed.name) == len(name)
+
+
+def test_blocks_of_fp8_are_scaled_slice_by_slice(tmp_path):
+    torch.manual_seed(0)
+    shape, name = (300, 270), "model.layers.0.mlp.up_proj.weight"
+    stored = (torch.randn(shape) * 50).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 3) + 0.1
+    save_file({name: stored, name + SCALE: scales}, tmp_path / SINGLE)
+    whole = stored.float() * scales.repeat_interleave(BLOCK, 0)[:300].repeat_interleave(BLOCK, 1)[:, :270]
+    weights = CheckpointWeights(Checkpoint.open(tmp_path), torch.float32, CPU)
+    for rows, columns in [
+        (range(300), range(270)),
+        (range(127, 129), range(1, 2)),
+        (range(130, 250), range(100, 257)),
+        (range(256, 300), range(255, 270)),
+    ]:
+        assert torch.equal(weights.linear(name, shape, rows, columns), whole[rows.start : rows.stop, columns.start : columns.stop])
+
+
+def test_an_fp8_checkpoint_is_the_model_that_its_scales_make_of_it(folder):
+    """Quantised here as DeepSeek's are, and compared with the weights that come of it in fp32."""
+    tensors, plain = load_file(folder / SINGLE), folder / "plain"
+    quantised, exact = {}, {}
+    for name, value in tensors.items():
+        if value.dim() == 2 and "embed" not in name:
+            rows, columns = (-(-size // BLOCK) for size in value.shape)
+            scales = torch.stack([torch.stack([part.abs().max() / 448 for part in row.split(BLOCK, 1)]) for row in value.split(BLOCK)])
+            assert scales.shape == (rows, columns)
+            spread = scales.repeat_interleave(BLOCK, 0)[: value.shape[0]].repeat_interleave(BLOCK, 1)[:, : value.shape[1]]
+            quantised[name], quantised[name + SCALE] = (value / spread).to(torch.float8_e4m3fn), scales
+            exact[name] = quantised[name].float() * spread
+        else:
+            quantised[name] = exact[name] = value
+    plain.mkdir()
+    save_file(exact, plain / SINGLE)
+    save_file(quantised, folder / SINGLE)
+    checkpoint, config = Checkpoint.open(folder), from_hugging_face(folder)
+    checkpoint.require(config, config.layers)
+    for name, shape in parameters(config, config.layers):
+        if len(shape) == 2:
+            ours, theirs = (CheckpointWeights(opened, torch.float32, CPU).linear(name, shape) for opened in (checkpoint, Checkpoint.open(plain)))
+            assert torch.equal(ours, theirs), name
+    save_file({name: value for name, value in quantised.items() if name != "model.layers.0.mlp.up_proj.weight" + SCALE}, folder / SINGLE)
+    refused(folder, r"The scales model\.layers\.0\.mlp\.up_proj\.weight_scale_inv of the FP8 tensor in model\.safetensors: is missing")
+
+
+def refused(folder, message, layers=None):
+    """The checkpoint of a folder is refused in one sentence, with a hint."""
+    with pytest.raises(CpbenchError, match=message) as caught:
+        config = from_hugging_face(folder)
+        Checkpoint.open(folder).require(config, layers or config.layers)
+    assert caught.value.exit_code == 2 and caught.value.hint
+    return caught.value
+
+
+def changed(folder, edit):
+    """Rewrite the tensors of a checkpoint."""
+    tensors = load_file(folder / SINGLE)
+    edit(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def test_tensors_that_are_missing_surplus_or_of_another_shape_are_named(folder):
+    name = "model.layers.1.self_attn.k_proj.weight"
+    whole = load_file(folder / SINGLE)
+    changed(folder, lambda tensors: tensors.pop(name))
+    refused(folder, rf"Tensor {name} is not in model\.safetensors")
+    save_file(whole | {name: whole[name][:5].contiguous()}, folder / SINGLE)
+    refused(folder, rf"Tensor {name} in model\.safetensors is \[5, 64\]; config\.json makes it \[10, 64\]")
+    save_file(whole | {"model.layers.1.self_attn.k_proj.bias": torch.zeros(10)}, folder / SINGLE)
+    error = refused(folder, r"model\.safetensors holds tensor model\.layers\.1\.self_attn\.k_proj\.bias, which")
+    assert name in error.hint
+    save_file(whole | {"model.layers.2.input_layernorm.weight": torch.zeros(64)}, folder / SINGLE)
+    refused(folder, r"holds tensor model\.layers\.2\.input_layernorm\.weight, which")
+    save_file(whole | {name: whole[name].int()}, folder / SINGLE)
+    refused(folder, rf"Tensor {name} in model\.safetensors has the dtype I32")
+
+
+def test_what_old_checkpoints_store_and_layers_that_do_not_run_are_no_reason_to_refuse(folder):
+    config = from_hugging_face(folder)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5), "lm_head.weight": torch.zeros(300, 64)}
+    changed(folder, lambda tensors: tensors.update(extra))
+    Checkpoint.open(folder).require(config, 1)
+    changed(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    Checkpoint.open(folder).require(config, 1)
+    assert refused(folder, "has 2 layers, not 3", layers=3).hint == "The nearest valid value is --layers 2."
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("num_hidden_layers", 5, "model.layers.2"), ("vocab_size", 301, "embed_tokens"), ("num_hidden_layers", 10**9, "model.layers.2")],
+)
+def test_a_config_that_contradicts_its_tensors_is_refused(folder, field, value, message):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {field: value, "layer_types": None}))
+    refused(folder, message)
+
+
+def header(folder, edit, cut=0):
+    """Rewrite the header of the file, or cut bytes off its end."""
+    file = folder / SINGLE
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    text = edit(data[8 : 8 + size])
+    rest = data[8 + size :]
+    file.write_bytes(struct.pack("<Q", len(text)) + text + rest[: len(rest) - cut])
+
+
+def entry(**changes):
+    def edit(text):
+        value = json.loads(text)
+        value["model.norm.weight"] |= changes
+        return json.dumps(value).encode()
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / SINGLE).write_bytes(b""), "truncated, or no safetensors file: it is 0 bytes long"),
+        (lambda folder: (folder / SINGLE).write_bytes(b"PK\x03\x04" * 100), "truncated, or no safetensors file: its header claims"),
+        (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "its header claims 9,223,372,036,854,775,808 bytes"),
+        (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 4) + b"nope"), "The header of model.safetensors is not JSON"),
+        (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 2) + b"[]"), "holds no JSON object"),
+        (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 9**5) + b"[" * 9**5), "is not JSON"),
+        (lambda folder: header(folder, lambda text: text, cut=1), "it is truncated"),
+        (lambda folder: header(folder, entry(data_offsets=[0, 10**12])), "tensor model.norm.weight in model.safetensors lie at 0 to 1,000,000,000,000"),
+        (lambda folder: header(folder, entry(data_offsets=[-4, 8])), "The header entry of tensor model.norm.weight in model.safetensors"),
+        (lambda folder: header(folder, entry(data_offsets="x")), "The header entry of tensor model.norm.weight in model.safetensors"),
+        (lambda folder: header(folder, entry(shape=[65])), r"bytes of tensor model.norm.weight in model.safetensors are not those of F32 \[65\]"),
+        (lambda folder: header(folder, entry(shape=[True])), "The header entry of tensor model.norm.weight"),
+        (lambda folder: header(folder, entry(data_offsets=[0, 256])), "begin at"),
+        (lambda folder: (folder / SINGLE).unlink(), r"holds no \*\.safetensors"),
+        (lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"), r"holds pickled weights \(pytorch_model\.bin\)"),
+    ],
+)
+def test_files_that_are_truncated_foreign_or_pickled_are_refused(folder, spoil, message):
+    spoil(folder)
+    refused(folder, message)
+
+
+def test_bytes_behind_the_last_tensor_are_refused(folder):
+    with (folder / SINGLE).open("ab") as file:
+        file.write(b"0" * 12)
+    refused(folder, "model.safetensors has 12 bytes behind its last tensor")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"model.norm.weight": "model-2.safetensors"}, r"names model-2\.safetensors \(tensor model\.norm\.weight\), which is not in"),
+        (
+            {"model.norm.weight": "../model.safetensors"},
+            r"places tensor model\.norm\.weight in '\.\./model\.safetensors', which is no safetensors file beside it",
+        ),
+        ({"model.norm.weight": "config.json"}, "which is no safetensors file beside it"),
+        ({"model.norm.weight": 3}, "has no weight_map"),
+        ({"model.absent": "a.safetensors"}, r"places tensor model\.absent in a\.safetensors, which does not hold it"),
+        ([], "has no weight_map"),
+    ],
+)
+def test_an_index_that_leads_nowhere_is_refused(folder, weight_map, message):
+    (folder / SINGLE).rename(folder / "a.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, message)
+
+
+def test_a_tensor_in_two_files_needs_an_index(folder):
+    (folder / SINGLE).rename(folder / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(64)}, folder / "b.safetensors")
+    refused(folder, r"Tensor model\.norm\.weight is in a\.safetensors and in b\.safetensors")
+    names = Checkpoint.open  # with an index, the file that it names holds the tensor
+    (folder / INDEX).write_text(json.dumps({"weight_map": {name: "a.safetensors" for name, _ in parameters(from_hugging_face(folder), 2)}}))
+    assert names(folder).tensors["model.norm.weight"].file == "a.safetensors"
+
+
+def test_headers_are_checked_without_torch(folder):
+    code = f"""
+import sys
+from cpbench.models.checkpoint import Checkpoint
+from cpbench.models.config import from_hugging_face
+Checkpoint.open({str(folder)!r}).require(from_hugging_face({str(folder)!r}), 2)
+assert not {{"torch", "safetensors", "numpy"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
