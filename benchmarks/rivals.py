@@ -37,7 +37,8 @@ def rival(name: str, ours: Program) -> Callable[[], Tensor]:
     if absent:
         raise SystemExit(f"{name} needs the package {absent[0]}: pip install --no-deps ring-flash-attn yunchang")
     install_flash_attn()
-    q, k, v = (x.unsqueeze(0).contiguous() for x in ours.attention_inputs())
+    q, rows = ours.attention_inputs()
+    q, k, v = (x.unsqueeze(0).contiguous() for x in (q, *ours.open_rows(rows)))
     context = ours.steps[0].attention.context
 
     def run() -> Tensor:

@@ -64,6 +64,7 @@ def cells_of(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
                 page_size=scenario.page_size,
                 cache_tokens=scenario.cache_tokens,
                 head_groups=scenario.head_groups if strategy == GROUPED else 1,
+                mla=scenario.mla if config.latent else "expanded",
             )
 
 

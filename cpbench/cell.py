@@ -7,6 +7,7 @@ sequences and are cells too; strategies only ever see those. Whether a cell can 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -23,7 +24,42 @@ TARGETS = ("prefill", "layer", "attention")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 PAGE_SIZE = 64  # tokens of a cache page where nothing else is asked for
 # every knob that changes the work, beside those that each cell names
-DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep", "chunk": None, "page_size": None, "cache_tokens": None, "head_groups": 1}
+DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep", "chunk": None, "page_size": None, "cache_tokens": None, "head_groups": 1, "mla": "expanded"}
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of the attention of one tensor-parallel rank, as strategies and kernels see them.
+
+    A token's row has one part for each kv head, K of all before V of all; or a single part, which all heads share. `opened`: K and V of
+    every query head are computed from the row, else they are views of it.
+    """
+
+    heads: int
+    parts: int
+    qk_dim: int
+    v_dim: int
+    part_values: int
+    opened: bool = False
+
+    @property
+    def row_values(self) -> int:
+        return self.parts * self.part_values
+
+    def kv_heads(self, heads: int, parts: int) -> int:
+        """Heads of K and V where so many query heads attend to so many parts."""
+        return heads if self.opened else parts
+
+    def columns(self, parts: Sequence[int]) -> list[slice]:
+        """Where some parts lie in a row."""
+        if self.parts == 1:
+            return [slice(0, self.part_values)]
+        k, v, values = self.qk_dim, self.v_dim, self.parts * self.qk_dim
+        return [*(slice(p * k, (p + 1) * k) for p in parts), *(slice(values + p * v, values + (p + 1) * v) for p in parts)]
+
+    def opened_values(self, heads: int) -> int:
+        """Values per row that are made when it is opened for so many heads: K, and what K and V are taken from."""
+        return heads * (2 * self.qk_dim + self.v_dim) if self.opened else 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +87,7 @@ class Cell:
     page_size: int | None = None
     cache_tokens: int | None = None
     head_groups: int = 1
+    mla: str = "expanded"  # latent attention: K and V of every head, or absorbed: queries and outputs in the latent's width
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
 
     def __post_init__(self) -> None:
@@ -168,8 +205,18 @@ class Cell:
 
     @property
     def kv_heads(self) -> int:
-        """Kv heads of one tensor-parallel rank: at least one, then held by several ranks."""
-        return max(1, self.config.kv_heads // self.layout.tp)
+        """Kv heads of one tensor-parallel rank: at least one, then held by several ranks; one where all heads share a latent row."""
+        return self.shape.parts
+
+    @cached_property
+    def shape(self) -> AttentionShape:
+        config, latent = self.config, self.config.latent
+        if latent is None:
+            dim = config.head_dim
+            return AttentionShape(self.heads, max(1, config.kv_heads // self.layout.tp), dim, dim, 2 * dim)
+        if self.mla == "absorbed":
+            return AttentionShape(self.heads, 1, latent.row_values, latent.kv_rank, latent.row_values)
+        return AttentionShape(self.heads, 1, latent.nope_dim + latent.rope_dim, latent.v_dim, latent.row_values, opened=True)
 
     @property
     def key(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cpbench import feed_forward
+from cpbench import attention_block, feed_forward
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
@@ -33,10 +33,11 @@ def new_rows(cell: Cell, rank: int) -> int:
 def flops_of_rank(cell: Cell, rank: int) -> int:
     """Floating-point operations of one pass on a global rank: two per multiply-add, no masked score counted."""
     config, rows, place = cell.config, new_rows(cell, rank), cell.layout.coordinates(rank)
-    attention = 4 * config.head_dim * score_pairs(cell, rank)
+    part = cell.parts[place.dp].cell
+    attention = attention_block.score_flops(cell, score_pairs(cell, rank)) + attention_block.opened_flops_of_rank(part, place.cp)
     if cell.target == "attention":
         return attention
-    projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
+    projections = attention_block.projection_flops(cell, rows)
     stage = cell.stage_layers(place.pp)
     layers = (attention + projections) * len(stage) + sum(feed_forward.flops(cell, step, place, layer) for step in cell.token_rows for layer in stage)
     head = 2 * len(cell.parts[place.dp].sequences) * config.hidden * config.vocab // cell.layout.tp
@@ -46,7 +47,8 @@ def flops_of_rank(cell: Cell, rank: int) -> int:
 def flops(cell: Cell) -> int:
     """Floating-point operations of one pass on all ranks together: what `flops_of_rank` sums up to, without a plan per rank.
 
-    Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each.
+    Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each. Rows that are opened
+    on several ranks are counted once: for estimates.
     """
     return sum(_flops_of_part(part.cell) for part in cell.parts)
 
@@ -54,11 +56,12 @@ def flops(cell: Cell) -> int:
 def _flops_of_part(cell: Cell) -> int:
     config, layout = cell.config, cell.layout
     pairs = sum(n * prefix + n * (n + 1) // 2 for n, prefix in zip(cell.lengths, cell.prefixes, strict=True))
-    attention = 4 * config.head_dim * pairs * cell.heads * (layout.cp if cell.cp_off else 1)
+    copies, opened = layout.cp if cell.cp_off else 1, cell.tokens + sum(cell.prefixes)
+    attention = copies * (attention_block.score_flops(cell, pairs * cell.heads) + attention_block.opening_flops(cell, opened, cell.heads))
     if cell.target == "attention":
         return attention * layout.tp
     rows = cell.tokens * (layout.cp if cell.cp_off or cell.partition == "replicated" else 1)
-    projections = 2 * rows * config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
+    projections = attention_block.projection_flops(cell, rows)
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
     mlp = sum(feed_forward.whole_flops(cell, rows, layer) for layer in range(cell.layers))
     return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
@@ -117,12 +120,13 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
     attention = max(cost.moment for cost in costs)
     rows = new_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
-        inputs = rows * cell.heads * config.head_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
-        return fixed + attention + inputs * size
+        inputs = rows * cell.heads * cell.shape.qk_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
+        latent = config.latent.kv_rank * cell.heads * (config.latent.nope_dim + config.latent.v_dim) if config.latent else 0
+        return fixed + attention + (inputs + latent) * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
     moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer) for index in chosen for layer in layers))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
-    angles = largest * config.head_dim * 4  # cos and sin in fp32, half a head each
+    angles = largest * config.rotary_dim * 4  # cos and sin in fp32, half a head each
     return fixed + moment + weights_bytes(cell, rank) + hidden + angles
 
 
@@ -143,7 +147,7 @@ class _StepBytes:
 
 
 def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
-    strategy, config, size = STRATEGIES[step.strategy], step.config, step.element_bytes
+    strategy, size = STRATEGIES[step.strategy], step.element_bytes
     extra, n = strategy.memory(step, cp_rank), step.split.rows(cp_rank)
     local, row = strategy.keeps_local_rows, row_values(step) * size
     cached = sum(block.rows for block in strategy.cached(step, cp_rank)) if local else 0
@@ -155,12 +159,7 @@ def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
         if step.kv_cache == "keep":  # the rows on their way into pages
             stored = sum(block.rows for block, _ in strategy.stored(step, cp_rank)) * cache_row_bytes(step, cp_rank)
             attend = max(attend, stored)
-    if step.target == "attention":
-        return _StepBytes(kept, buffers, attend)
-    q, residual = n * step.heads * config.head_dim * size, n * config.hidden * size
-    project = residual + q + n * row  # normed rows and packed q, k, v
-    rotate = q + n * row + q
-    return _StepBytes(kept, buffers, max(project, rotate, q + attend, q + residual))
+    return _StepBytes(kept, buffers, attention_block.moments(step, n, attend))
 
 
 def cached_tokens(cell: Cell, cp_rank: int) -> list[int]:
@@ -176,8 +175,8 @@ def cached_tokens(cell: Cell, cp_rank: int) -> list[int]:
 def cache_row_bytes(cell: Cell, cp_rank: int) -> int:
     """K and V of one token in the cache of one layer."""
     strategy = STRATEGIES[cell.steps[0].strategy]
-    heads = sum(len(lane) for lane in strategy.cache_heads(cell.steps[0], cp_rank))
-    return 2 * heads * cell.config.head_dim * cell.element_bytes
+    parts = sum(len(lane) for lane in strategy.cache_heads(cell.steps[0], cp_rank))
+    return parts * cell.shape.part_values * cell.element_bytes
 
 
 def cached_pages(cell: Cell, cp_rank: int) -> int:
@@ -195,11 +194,8 @@ def pool_bytes(cell: Cell, cp_rank: int) -> int:
 def weights_bytes(cell: Cell, rank: int = 0) -> int:
     """Parameters of one rank in bytes: its stage's layers, and for prefill the embedding of the first stage and the head of the last."""
     config, place, layout = cell.config, cell.layout.coordinates(rank), cell.layout
-    attention = config.hidden * config.head_dim * 2 * (cell.heads + cell.kv_heads)
-    bias = config.head_dim * (cell.heads + 2 * cell.kv_heads) if config.qkv_bias else 0
-    norms = 2 * config.hidden + (2 * config.head_dim if config.qk_norm else 0)
     first, last, layers = place.pp == 0, place.pp == layout.pp - 1, cell.stage_layers(place.pp)
     tables = first + last - (first and last and config.tied_embeddings)
     ends = config.hidden * (last + config.vocab // layout.tp * tables) if cell.target == "prefill" else 0
-    blocks = (attention + bias + norms) * len(layers) + sum(feed_forward.parameters(cell, layer) for layer in layers)
+    blocks = (attention_block.parameters(cell) + 2 * config.hidden) * len(layers) + sum(feed_forward.parameters(cell, layer) for layer in layers)
     return (blocks + ends) * cell.element_bytes

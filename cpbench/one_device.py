@@ -57,9 +57,9 @@ class OneDevice:
         """In fp64: the attention [N, M] in which every context-parallel rank sees its own tokens and what it has cached, in packed order."""
         kernel = load_kernel("reference")
         program = Program(_single(cell, Layout(), "float64"), alone(), kernel, self.device, rounded_to=getattr(torch, cell.dtype))
-        q_THD, k_SGD, v_SGE = program.attention_inputs()
-        cached_k, cached_v = program.cached_inputs(0)
-        rows = torch.empty_like(q_THD)
+        q_THD, rows_SW = program.attention_inputs()
+        (k_SGD, v_SGE), (cached_k, cached_v) = program.open_rows(rows_SW), program.open_rows(program.cached_inputs(0))
+        rows = q_THD.new_empty(*q_THD.shape[:2], v_SGE.shape[2])
         for dp, cp in product(range(cell.layout.dp), range(cell.layout.cp)):
             steps = cell.parts[dp].cell.steps
             if not steps:
@@ -84,7 +84,7 @@ class OneDevice:
 
 def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
     """The cell without context parallelism, and without what changes where K and V lie but no value."""
-    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1)
+    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, mla="expanded")
     return replace(plain, layout=layout, strategy="none", partition="contiguous", dtype=dtype)
 
 

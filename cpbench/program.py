@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
 from cpbench.models.attention import HeadSlice
 from cpbench.models.decoder import Decoder, FirstTokens, Slice
+from cpbench.models.latent import absorb_queries, kv_b_weight, latent_rows, release_outputs
+from cpbench.models.rope import softmax_scale
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.paging import BlockTable, plan_cache
 from cpbench.pipeline import Pipeline
 from cpbench.strategies import STRATEGIES
-from cpbench.strategies.base import Context, ParallelAttention, cached_rows, row_index, row_values
+from cpbench.strategies.base import Context, OpenRows, ParallelAttention, cached_rows, keys_and_values, row_index, row_values
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Program:
         self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
         self.slice = Slice.of(cell, groups.rank)
         self.heads = HeadSlice.of(cell.config, self.slice.attention)
-        self.buffers, self.scale = Buffers(), cell.config.head_dim**-0.5
+        self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)
         self.tokens = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
         self.cache, caches = self._cache()
         self.steps = self._steps(kernel, caches)
@@ -128,20 +131,24 @@ class Program:
     def _fill(self, view: StepCache, tokens: Tensor, lanes: Sequence[Sequence[int]]) -> None:
         """Put the cached prefixes into their pages, for every layer that keeps its own."""
         for layer in self.slice.layers if view.cache.keep and self.cell.target != "attention" else range(1):
-            for lane, local in enumerate(lanes):
-                rows = [x.flatten(1) for x in self.cached_inputs(layer, tokens, [self.heads.kv[head] for head in local])]
-                view.fill(layer * len(lanes) + lane, torch.cat(rows, 1))
+            for lane, parts in enumerate(lanes):
+                view.fill(layer * len(lanes) + lane, self.cached_inputs(layer, tokens, parts))
 
-    def cached_inputs(self, layer: int, tokens: Tensor | None = None, heads: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Cached K and V [tokens, heads, D]: random values of the layer, token and head, so that every layout has the same prefix.
+    def cached_inputs(self, layer: int, tokens: Tensor | None = None, parts: Sequence[int] | None = None) -> Tensor:
+        """Cached rows [tokens, W]: random values of the layer, token and head, so that every layout has the same prefix.
 
-        `tokens` number all cached tokens of the batch; without it all, for all heads of this rank.
+        `tokens` number all cached tokens of the batch; without it all, with all parts of this rank.
         """
-        dim, heads = self.cell.config.head_dim, self.heads.kv if heads is None else heads
         tokens = torch.arange(sum(self.cell.prefixes)) if tokens is None else tokens
-        columns = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in heads])
-        k, v = (self.weights.values(f"cache.{layer}.{name}", tokens, columns, 1.0).unflatten(1, (len(heads), dim)) for name in ("k", "v"))
-        return k, v
+        return self._random_rows(f"cache.{layer}.", tokens, range(self.cell.shape.parts) if parts is None else parts)
+
+    def _random_rows(self, name: str, tokens: Tensor, parts: Sequence[int]) -> Tensor:
+        """Rows of tokens: K and V of kv heads, or the latent that all heads share."""
+        if self.cell.config.latent is not None:
+            return self.weights.values(f"{name}latent", tokens, torch.arange(self.cell.shape.row_values), 1.0)
+        dim = self.cell.config.head_dim
+        columns = torch.cat([torch.arange(self.heads.kv[part] * dim, (self.heads.kv[part] + 1) * dim) for part in parts])
+        return torch.cat([self.weights.values(f"{name}{which}", tokens, columns, 1.0) for which in ("k", "v")], 1)
 
     def _steps(self, kernel: Kernel, caches: Sequence[StepCache]) -> list[Step]:
         cp_rank, first, steps = self.place.cp, 0, []
@@ -155,7 +162,7 @@ class Program:
             strategy, split = STRATEGIES[step.strategy], step.split
             done = [prefix + length for prefix, length in zip(step.prefixes, step.lengths, strict=True)]
             last_rows = {sequence: row for sequence, row in split.last_rows(cp_rank).items() if done[sequence] == totals[sequence]}
-            context = Context(self.groups, kernel, self.buffers, caches[index], self.scale)
+            context = Context(self.groups, kernel, self.buffers, caches[index], self.scale, self.cell.shape)
             attention = ParallelAttention(strategy, strategy.plan(step, cp_rank), context)
             mine = slice(first, first + split.rows(cp_rank))
             steps.append(Step(row_index(split.positions(cp_rank), self.device), mine, last_rows, attention, communicator))
@@ -181,19 +188,31 @@ class Program:
         """Put the input of a layer back: a pass adds to it in place."""
         hidden.copy_(self.weights.values("input", self.tokens, torch.arange(hidden.shape[1]), 1.0))
 
-    def attention_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q [n, H, D], k and v [n, G, D] of this rank: functions of the global token and head, so that every layout has the same."""
-        dim = self.cell.config.head_dim
-        q, k, v = (
-            self.weights.values(name, self.tokens, torch.arange(part.start * dim, part.stop * dim), 1.0).unflatten(1, (len(part), dim))
-            for name, part in (("q", self.heads.q), ("k", self.heads.kv), ("v", self.heads.kv))
-        )
-        return q, k, v
+    def attention_inputs(self) -> tuple[Tensor, Tensor]:
+        """q [n, H, D] and rows [n, W] of this rank: functions of the global token and head, so that every layout has the same."""
+        config, heads = self.cell.config, self.heads.q
+        columns = torch.arange(heads.start * config.head_dim, heads.stop * config.head_dim)
+        q_nHD = self.weights.values("q", self.tokens, columns, 1.0).unflatten(1, (len(heads), config.head_dim))
+        return q_nHD, self._random_rows("", self.tokens, range(self.cell.shape.parts))
+
+    @cached_property
+    def latent_weight(self) -> Tensor:
+        """What makes K and V from latents in the first layer."""
+        return kv_b_weight(self.cell.config, self.weights, "model.layers.0.self_attn", self.slice.attention)
+
+    @property
+    def open_rows(self) -> OpenRows:
+        """What opens the rows of `attention_inputs`."""
+        config = self.cell.config
+        return keys_and_values(config.head_dim) if config.latent is None else latent_rows(self.latent_weight, config.latent, self.slice.absorbed)
 
     def _attention(self) -> Callable[[], Output]:
-        """Attention alone: K and V lie where a model would have written them. Chunks share that place, so theirs are put there in the pass."""
-        q, k, v = self.attention_inputs()
-        new_rows = torch.cat([k.flatten(1), v.flatten(1)], 1)
+        """Attention alone: rows lie where a model would have written them. Chunks share that place, so theirs are put there in the pass."""
+        q, new_rows = self.attention_inputs()
+        open_rows, latent = self.open_rows, self.cell.config.latent if self.slice.absorbed else None
+        self.parameters = [self.latent_weight] if self.cell.config.latent else []
+        if latent is not None:
+            q = absorb_queries(q, self.latent_weight, latent)
         self.inputs = [q]
         steps = [(step.rows, step.attention) for step in self.steps if step.attention is not None]
         if len(steps) > 1:
@@ -202,10 +221,6 @@ class Program:
             steps[0][1].rows(0, (len(self.tokens), row_values(self.cell)), q).copy_(new_rows)
             del new_rows
 
-        def open_rows(rows_SW: Tensor) -> tuple[Tensor, Tensor]:
-            k, v = rows_SW.chunk(2, 1)
-            return k.unflatten(1, (-1, q.shape[2])), v.unflatten(1, (-1, q.shape[2]))
-
         def run() -> Output:
             outputs = []
             for part, attention in steps:
@@ -213,7 +228,8 @@ class Program:
                 rows = attention.rows(0, (n, row_values(self.cell)), q)
                 if len(steps) > 1:
                     rows.copy_(self.inputs[1][part])
-                outputs.append(attention.attend(q[part], rows, open_rows, 0))
+                out = attention.attend(q[part], rows, open_rows, 0)
+                outputs.append(out if latent is None else release_outputs(out, self.latent_weight, latent))
                 self._settle(outputs)
             return Output(_joined(outputs, q))
 

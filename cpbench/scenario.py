@@ -119,6 +119,7 @@ class Scenario(_Model):
     page_size: Tokens | None = Field(None, description="tokens per page of the K/V cache; null: 256 on CUDA, on CPU no pages unless something is cached")
     cache_tokens: Tokens | None = Field(None, description="capacity of the paged K/V cache of a rank in tokens; null: what the batch needs")
     head_groups: Whole = Field(1, ge=1, description="allgather: collectives per layer, each for a group of kv heads that hides behind the one before")
+    mla: Literal["expanded", "absorbed"] = Field("expanded", description="latent attention: K and V of every head, or in the latent's width")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")

@@ -223,7 +223,7 @@ def _fits(name: str, ranks: Fields) -> bool:
 
 def _cannot_run(cell: Cell) -> str | None:
     """Why a cell will not run here, with the nearest valid value behind a semicolon."""
-    tokens, dim = cell.tokens + sum(cell.prefixes), cell.config.head_dim
+    tokens, shape = cell.tokens + sum(cell.prefixes), cell.shape
     if cell.world_size > MAX_RANKS:
         return f"{cell.layout} has {cell.world_size} ranks, and as threads of one process they are at most {MAX_RANKS}; sweeps check more"
     if tokens > MAX_TOKENS:
@@ -232,7 +232,7 @@ def _cannot_run(cell: Cell) -> str | None:
         return reason
     if _brings_collectives(cell):
         return NEEDS_PROCESSES
-    if cell.kernel != "auto" and (reason := load_kernel(cell.kernel).available(cell.device, cell.dtype, dim, dim)):
+    if cell.kernel != "auto" and (reason := load_kernel(cell.kernel).available(cell.device, cell.dtype, shape.qk_dim, shape.v_dim)):
         return f"kernel {cell.kernel} cannot run here: {reason}"
     return None
 
@@ -290,8 +290,8 @@ class Verifier:
 
 def kernel_of(cell: Cell) -> Kernel:
     """The kernel that a cell runs with."""
-    dim = cell.config.head_dim
-    return pick_kernel(cell.device, cell.dtype, dim, dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
+    shape = cell.shape
+    return pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
 
 
 def _raised(error: Exception) -> str:

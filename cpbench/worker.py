@@ -113,8 +113,8 @@ def run_entry(job: Job, entry: dict[str, Any], mesh: Mesh, device: Device) -> No
 
 def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: int, verify: bool) -> dict[str, Any]:
     """The record of one round of one cell."""
-    dim = cell.config.head_dim
-    kernel = pick_kernel(cell.device, cell.dtype, dim, dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
+    shape = cell.shape
+    kernel = pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
     record: dict[str, Any] = {
         "status": "ok",
         "reason": None,
@@ -123,7 +123,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "stop": "",
         "first_call_s": None,
         "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
-        "kernel": kernel.dispatched(cell.dtype, dim, dim),
+        "kernel": kernel.dispatched(cell.dtype, shape.qk_dim, shape.v_dim),
         "tokens_per_rank": cell.max_rows,
         "cp_active": cell.cp_off is None,
         "cp_off_reason": cell.cp_off,

@@ -17,7 +17,7 @@ from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate
 from cpbench.models.weights import RandomWeights
 from cpbench.sharding import ATTENTION, Shard
-from cpbench.strategies.base import ParallelAttention
+from cpbench.strategies.base import ParallelAttention, keys_and_values
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class GroupedQueryAttention:
         heads = HeadSlice.of(config, shard)
         dim, hidden = config.head_dim, config.hidden
         self.heads, self.kv_heads = len(heads.q), len(heads.kv)
+        self.open_rows = keys_and_values(dim)
         parts = [("q_proj", config.heads, heads.q), ("k_proj", config.kv_heads, heads.kv), ("v_proj", config.kv_heads, heads.kv)]
         self.qkv_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", (n * dim, hidden), _rows(part, dim)) for name, n, part in parts])
         self.qkv_bias = None
@@ -56,11 +57,6 @@ class GroupedQueryAttention:
         self.o_weight = weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim))
         self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
         self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
-
-    def open_rows(self, rows_SW: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V [S, G, D] as views of the rows that travelled."""
-        k, v = rows_SW.split(self.kv_heads * self.config.head_dim, 1)
-        return k.unflatten(1, (self.kv_heads, -1)), v.unflatten(1, (self.kv_heads, -1))
 
     def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
         """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""

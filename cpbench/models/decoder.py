@@ -17,6 +17,7 @@ from cpbench.cell import Cell
 from cpbench.communicator import Communicator
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
+from cpbench.models.latent import MultiHeadLatentAttention
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import cos_sin
@@ -29,7 +30,10 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Slice:
-    """What one rank has of a model: layers, the embedding in front or the head behind them, and its parts of their weights."""
+    """What one rank has of a model: layers, the embedding in front or the head behind them, and its parts of their weights.
+
+    `absorbed`: latent attention works in the latent's width (latent.py).
+    """
 
     layers: range
     embedding: bool
@@ -37,14 +41,22 @@ class Slice:
     attention: Shard
     mlp: Shard
     vocabulary: Shard
+    absorbed: bool = False
 
     @classmethod
     def of(cls, cell: Cell, rank: int) -> Slice:
         """The slice of a global rank of a cell."""
         layout, place = cell.layout, cell.layout.coordinates(rank)
         ends = cell.target == "prefill"
-        parts = (shard_of(layout, place, axes) for axes in (GroupedQueryAttention.axes, DenseMLP.axes, VOCABULARY))
-        return cls(cell.stage_layers(place.pp), ends and place.pp == 0, ends and place.pp == layout.pp - 1, *parts)
+        attention, mlp, vocabulary = (shard_of(layout, place, axes) for axes in (GroupedQueryAttention.axes, DenseMLP.axes, VOCABULARY))
+        embedding, head = ends and place.pp == 0, ends and place.pp == layout.pp - 1
+        return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, cell.mla == "absorbed")
+
+
+def _attention(config: ModelConfig, weights: RandomWeights, prefix: str, part: Slice) -> GroupedQueryAttention | MultiHeadLatentAttention:
+    if config.latent is None:
+        return GroupedQueryAttention(config, weights, prefix, part.attention)
+    return MultiHeadLatentAttention(config, weights, prefix, part.attention, part.absorbed)
 
 
 class DecoderLayer:
@@ -54,7 +66,7 @@ class DecoderLayer:
         prefix = f"model.layers.{index}"
         self.index = index
         self.eps = config.norm_eps
-        self.attention = GroupedQueryAttention(config, weights, f"{prefix}.self_attn", part.attention)
+        self.attention = _attention(config, weights, f"{prefix}.self_attn", part)
         self.mlp = DenseMLP(config, weights, f"{prefix}.mlp", part.mlp)
         self.input_norm = weights.norm(f"{prefix}.input_layernorm.weight", config.hidden)
         self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden)
@@ -109,7 +121,7 @@ class Decoder:
 
     def run_layers(self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
         """This stage's layers over the hidden states of this rank's tokens, in place."""
-        cos, sin = cos_sin(positions_n, self.config.head_dim, self.config.rope_theta)
+        cos, sin = cos_sin(positions_n, self.config.rotary_dim, self.config.rope_theta, self.config.yarn)
         for layer in self.layers:
             x_nM = layer.forward(x_nM, cos, sin, attention, communicator)
         return x_nM

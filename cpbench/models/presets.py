@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpbench.errors import unknown
-from cpbench.models.config import ModelConfig, from_hugging_face
+from cpbench.models.config import ModelConfig
+from cpbench.models.hugging_face import from_hugging_face
 
 # fmt: off
 _CONFIGS = [

@@ -112,8 +112,13 @@ class AllGather(Strategy):
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
         segments = [*plan.own, *plan.cached, *plan.remote]
         merge, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
-        grouped = split.rows(rank) * (cell.heads * cell.config.head_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
-        return AttentionMemory(new_rows=gathered, buffers=padded, merge=merge, transient=transient + grouped)
+        grouped = split.rows(rank) * (cell.heads * cell.shape.v_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
+        opened = (plan.cached_rows + cell.layout.cp * split.max_rows) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+        return AttentionMemory(new_rows=gathered, buffers=padded, merge=merge, transient=transient + grouped + opened)
+
+    def opened_rows(self, cell: Cell, rank: int) -> int:
+        plan = self.plan(cell, rank)
+        return cell.split.rows(rank) + 2 * plan.cached_rows + cell.layout.cp * plan.max_rows
 
 
 class _Gather:
@@ -133,15 +138,16 @@ class _Gather:
         """Attend: out [T, H, E]. Valid until the next group finishes."""
         from cpbench.kernels.accumulate import Accumulator
 
-        size, (dim_qk, dim_v) = self.context.cache.page_size, (x.shape[2] for x in self.open_rows(self.rows_nW))
-        if self.plan.requests and size and self.context.kernel.reads_pages(size, dim_qk, dim_v):
+        size, shape = self.context.cache.page_size, self.context.shape
+        if self.plan.requests and size and not shape.opened and self.context.kernel.reads_pages(size, shape.qk_dim, shape.v_dim):
             return self._in_pages()
         cache, kernel, plan, scale = self.context.cache, self.context.kernel, self.plan, self.context.scale
         result = Accumulator(self.q_THD.shape[0], self.context.buffers)
         kernel.attend(self.q_THD, *self.open_rows(self.rows_nW), plan.own, scale, result)
         if plan.cached_rows:
-            cache.read(self.lane, self.gathered[: plan.cached_rows])
-            kernel.attend(self.q_THD, *self.open_rows(self.gathered), plan.cached, scale, result)
+            cached = self.gathered[: plan.cached_rows]
+            cache.read(self.lane, cached)
+            kernel.attend(self.q_THD, *self.open_rows(cached), plan.cached, scale, result)
         self.in_flight.wait()
         kernel.attend(self.q_THD, *self.open_rows(self.gathered), plan.remote, scale, result)
         cache.write(self.lane, self.gathered)

@@ -10,11 +10,11 @@ knows the model. It decides once, from lengths that all ranks know, what each ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from cpbench.cell import Cell
+from cpbench.cell import AttentionShape, Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Block, Blocks, cut, split
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, PlacedBlock, Segment, place
@@ -29,18 +29,23 @@ if TYPE_CHECKING:
     from cpbench.distributed.mesh import Groups
     from cpbench.kernels.base import Kernel
 
-    OpenRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+class OpenRows(Protocol):
+    """Turns rows into K [S, G, D] and V [S, G, E]: of all heads whose parts the rows have, or of some query heads `heads` of these."""
+
+    def __call__(self, rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a strategy works with on one rank: the groups, the kernel, reused memory, and the K/V cache of the step at hand."""
+    """What a strategy works with on one rank: the groups, the kernel, reused memory, the K/V cache of the step at hand, and sizes."""
 
     groups: Groups
     kernel: Kernel
     buffers: Buffers
     cache: StepCache
     scale: float
+    shape: AttentionShape
 
     @property
     def group(self) -> Group:
@@ -100,6 +105,14 @@ class Strategy(ABC):
     def score_pairs(self, cell: Cell, rank: int) -> int:
         """Score pairs of one layer on this rank, summed over its query heads."""
         return cell.split.causal_pairs(rank) * cell.heads
+
+    def opened_rows(self, cell: Cell, rank: int) -> int:
+        """Rows that this rank opens in one layer, for the query heads that it attends with: what that costs where it is not a view."""
+        return sum(block.rows for block in self.cached(cell, rank)) + cell.split.rows(rank)
+
+    def attended_heads(self, cell: Cell) -> int:
+        """Query heads that a rank attends with."""
+        return cell.heads
 
     @abstractmethod
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
@@ -162,17 +175,26 @@ class ParallelAttention:
 
 
 def row_values(cell: Cell) -> int:
-    """Values per token that travel: K and V of one tensor-parallel rank."""
-    return 2 * cell.kv_heads * cell.config.head_dim
+    """Values per token that travel: K and V of one tensor-parallel rank, or what they are made from."""
+    return cell.shape.row_values
 
 
 def packed_heads(k_SGD: Tensor, v_SGE: Tensor) -> tuple[Tensor, OpenRows]:
     """Some heads of K and V as rows [S, W] of their own, and what opens such rows."""
     import torch
 
-    heads, dim = k_SGD.shape[1:]
     rows_SW = torch.cat([k_SGD.flatten(1), v_SGE.flatten(1)], 1)
-    return rows_SW, lambda rows: (rows[:, : heads * dim].unflatten(1, (heads, dim)), rows[:, heads * dim :].unflatten(1, (heads, -1)))
+    return rows_SW, keys_and_values(k_SGD.shape[2])
+
+
+def keys_and_values(dim: int) -> OpenRows:
+    """Opens rows of K and then V, both of heads of size `dim`: views of as many heads as the rows have."""
+
+    def open_rows(rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]:
+        k, v = rows_SW.chunk(2, 1)
+        return k.unflatten(1, (-1, dim)), v.unflatten(1, (-1, dim))
+
+    return open_rows
 
 
 @dataclass(frozen=True)
@@ -192,14 +214,15 @@ class AttentionMemory:
 def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Sequence[Segment]) -> tuple[int, int]:
     """(buffers, transient) of running `segments` in this order into one result of `rows` rows.
 
-    `shards`: query and kv heads of the call. One call for all rows: its output. Else the first output and the latest one, and an fp32
-    accumulator where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies of
-    K and V.
+    `shards`: query heads and parts of rows in the call. One call for all rows: its output. Else the first output and the latest one, and an
+    fp32 accumulator where the dtype is narrower or the first call does not cover all rows (accumulate.py). While a kernel runs, its copies
+    of K and V.
     """
-    heads, _ = shards
-    row, size = heads * cell.config.head_dim, cell.element_bytes
+    heads, parts = shards
+    row, size = heads * cell.shape.v_dim, cell.element_bytes
+    padded = heads * max(cell.shape.v_dim, cell.shape.qk_dim) if cell.device == "cpu" else row  # a view of what the kernel computed
     spans = [(s.queries.rows, span.rows) for s in segments for span in ([s.causal] if s.causal else []) + list(s.full)]
-    costs = [queries * row * size + _copied(cell, queries, keys, shards) for queries, keys in spans]
+    costs = [queries * padded * size + _copied(cell, queries, keys, cell.shape.kv_heads(heads, parts)) for queries, keys in spans]
     whole, narrow = segments[0].queries.rows == rows, size < 4
     accumulator = 4 * rows * (row + heads) if not whole or (narrow and len(spans) > 1) else 0
     if len(spans) == 1:
@@ -210,11 +233,16 @@ def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Seque
     return accumulator + scratch, max(costs[0], first + costs[1], (0 if narrow else first) + max(costs[1:]))
 
 
-def _copied(cell: Cell, queries: int, keys: int, shards: tuple[int, int]) -> int:
-    """Bytes of K and V that the CPU kernel copies head by head for one call; fused CUDA kernels read them as they are."""
-    if cell.device != "cpu" or queries < MIN_ROWS_TO_COPY:
+def _copied(cell: Cell, queries: int, keys: int, kv_heads: int) -> int:
+    """Bytes of K and V that the CPU kernel copies head by head for one call; fused CUDA kernels read them as they are.
+
+    It knows one head size, and the smaller of K and V is padded to the larger.
+    """
+    dim_qk, dim_v = cell.shape.qk_dim, cell.shape.v_dim
+    if cell.device != "cpu":
         return 0
-    return keys * shards[1] * 2 * cell.config.head_dim * cell.element_bytes
+    copies = 2 if queries >= MIN_ROWS_TO_COPY else int(dim_qk != dim_v)
+    return keys * kv_heads * copies * max(dim_qk, dim_v) * cell.element_bytes
 
 
 def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:

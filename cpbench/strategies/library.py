@@ -47,6 +47,8 @@ class LibraryStrategy(Strategy):
         reason = self.available(cell.device, cell.dtype)
         if reason:
             return f"{self.name} cannot run here: {reason}" + ("" if "; " in reason else "; use ring or ulysses")
+        if cell.shape.qk_dim != cell.shape.v_dim:
+            return f"{self.name} needs K and V of one head size, not {cell.shape.qk_dim} and {cell.shape.v_dim}; use allgather or ring"
         return super().check(cell) or self._batch_refusal(cell)
 
     def _batch_refusal(self, cell: Cell) -> str | None:

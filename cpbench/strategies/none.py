@@ -40,4 +40,5 @@ class NoParallelism(Strategy):
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         merge, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank))
-        return AttentionMemory(merge=merge, transient=transient)
+        opened = self.opened_rows(cell, rank) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+        return AttentionMemory(merge=merge, transient=transient + opened)

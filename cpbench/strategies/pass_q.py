@@ -110,7 +110,7 @@ class PassQ(Strategy):
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         traffic, cp, plan = Traffic(), cell.layout.cp, self.plan(cell, rank)
         queries = sum(visit.rows for source, visit in enumerate(plan.here) if source != rank)
-        traffic.add("cp", "send_recv", queries * cell.heads * cell.config.head_dim * cell.element_bytes, cp - 1)
+        traffic.add("cp", "send_recv", queries * cell.heads * cell.shape.qk_dim * cell.element_bytes, cp - 1)
         partials = sum(visit.covered_rows for holder, visit in enumerate(plan.away) if holder != rank)
         traffic.add("cp", "all_to_all", partials * _partial_bytes(cell))
         return traffic
@@ -120,9 +120,9 @@ class PassQ(Strategy):
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         cp, plan, heads = cell.layout.cp, self.plan(cell, rank), (cell.heads, cell.kv_heads)
-        narrow, n, row = cell.element_bytes < 4, cell.split.rows(rank), cell.heads * cell.config.head_dim
+        narrow, n, row = cell.element_bytes < 4, cell.split.rows(rank), cell.heads * cell.shape.v_dim
         visits = [plan.here[(rank - step) % cp] for step in range(1, cp)]
-        queries = [visit.rows * row * cell.element_bytes for visit in visits]
+        queries = [visit.rows * cell.heads * cell.shape.qk_dim * cell.element_bytes for visit in visits]
         travelling = max(queries[0::2]) + max(queries[1::2], default=0)
         leaving = sum(visit.covered_rows for visit in visits) * _partial_bytes(cell)
         arriving = sum(visit.covered_rows for holder, visit in enumerate(plan.away) if holder != rank) * _partial_bytes(cell)
@@ -131,9 +131,9 @@ class PassQ(Strategy):
         others = [calls_memory(cell, visit.rows, heads, visit.segments) for visit in visits if visit.segments]
         held = n * row * cell.element_bytes if not (narrow and mine) else 0  # this rank's first result waits for the others
         merged += max((kept for kept, _ in others), default=0)
-        return AttentionMemory(
-            buffers=travelling + leaving + arriving, merge=merged, transient=max(attend, held + max((passing for _, passing in others), default=0))
-        )
+        opened = self.opened_rows(cell, rank) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+        transient = opened + max(attend, held + max((passing for _, passing in others), default=0))
+        return AttentionMemory(buffers=travelling + leaving + arriving, merge=merged, transient=transient)
 
 
 class _Partials:
@@ -176,4 +176,4 @@ def _wide(like: Tensor) -> torch.dtype:
 
 def _partial_bytes(cell: Cell) -> int:
     """Bytes of one row of a partial result."""
-    return cell.heads * (cell.config.head_dim * cell.element_bytes + max(cell.element_bytes, 4))
+    return cell.heads * (cell.shape.v_dim * cell.element_bytes + max(cell.element_bytes, 4))

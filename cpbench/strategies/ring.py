@@ -63,7 +63,16 @@ class Ring(Strategy):
         plan = self.plan(cell, rank)
         segments = [segment for step in plan for segment in step.segments]
         merge, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), segments)
-        return AttentionMemory(buffers=arriving_rows(plan) * row_values(cell) * cell.element_bytes, merge=merge, transient=transient)
+        opened = max(self._rows_by_step(cell, rank)) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+        return AttentionMemory(buffers=arriving_rows(plan) * row_values(cell) * cell.element_bytes, merge=merge, transient=transient + opened)
+
+    def opened_rows(self, cell: Cell, rank: int) -> int:
+        return sum(self._rows_by_step(cell, rank))
+
+    def _rows_by_step(self, cell: Cell, rank: int) -> list[int]:
+        plan = self.plan(cell, rank)
+        rows = [super().opened_rows(cell, rank), *(step.next_rows or 0 for step in plan[:-1])]
+        return [count if step.segments else 0 for count, step in zip(rows, plan, strict=True)]
 
 
 def ring_steps(places: Sequence[tuple[Blocks, Blocks]], place_here: int) -> tuple[Step, ...]:

@@ -70,18 +70,19 @@ class Exchange:
     cached_rows: int
     order: tuple[range, ...] | None = None  # place of each received row; None: received in order
 
-    def to_heads(self, q_nHD: Tensor, rows_nW: Tensor, open_rows: OpenRows, context: Context, group: Group, layer: int) -> tuple[Tensor, Tensor]:
+    def to_heads(self, q_nHD: Tensor, rows_nW: Tensor, context: Context, group: Group, layer: int) -> tuple[Tensor, Tensor]:
         """q [N, H/c, D] and rows [cached + N, W'] of this rank's heads, for the tokens of all ranks of the group."""
-        k_nGD, v_nGE = open_rows(rows_nW)
-        (n, _, dim), total, shards = q_nHD.shape, sum(self.rows), self.shards
-        split, width = shards.kv_heads * dim, shards.kv_heads * (dim + v_nGE.shape[2])
+        (n, _, dim), total, shards, shape = q_nHD.shape, sum(self.rows), self.shards, context.shape
+        width = shards.kv_heads * shape.part_values
         get = context.buffers.get
         q_send = get("comm_q_send", (group.size, n, shards.q_heads, dim), q_nHD)
         kv_send = get("comm_kv_send", (group.size, n, width), q_nHD)
         for rank, sources in enumerate(shards.kv_sources):
-            for packed, x in ((kv_send[rank, :, :split], k_nGD), (kv_send[rank, :, split:], v_nGE)):
-                for local, source in enumerate(sources):
-                    packed.unflatten(1, (shards.kv_heads, -1))[:, local].copy_(x[:, source])
+            first = 0
+            for columns in shape.columns(sources):
+                last = first + columns.stop - columns.start
+                kv_send[rank, :, first:last].copy_(rows_nW[:, columns])
+                first = last
         kv_all = context.cache.get(layer, (self.cached_rows + total, width), q_nHD)
         kv_new = kv_all[self.cached_rows :] if self.order is None else get("comm_kv", (total, width), q_nHD)
         q_new = get("comm_q", (total, shards.q_heads, dim), q_nHD)
@@ -109,28 +110,32 @@ class Exchange:
         group.all_to_all(by_source.flatten(0, 1), out_NhE.contiguous(), [n] * size, self.rows).wait()
         return by_source.transpose(0, 1).flatten(1, 2)
 
-    def open_rows(self, rows_SW: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of this rank's heads: [S, G', D] and [S, G', E], of equal sizes."""
-        k, v = rows_SW.chunk(2, 1)
-        return k.unflatten(1, (self.shards.kv_heads, -1)), v.unflatten(1, (self.shards.kv_heads, -1))
+    def heads(self, place_here: int) -> range:
+        """The query heads of one rank of the group, among those of its tensor-parallel rank."""
+        return range(place_here * self.shards.q_heads, (place_here + 1) * self.shards.q_heads)
 
     def traffic(self, cell: Cell, place_here: int, axis: str) -> Traffic:
         """What one rank of the group receives: K|V, q, and the output back."""
-        traffic, dim = Traffic(), cell.config.head_dim * cell.element_bytes
+        traffic, shape, size = Traffic(), cell.shape, cell.element_bytes
         here = self.rows[place_here]
         others = sum(self.rows) - here
-        traffic.add(axis, "all_to_all", others * 2 * self.shards.kv_heads * dim)
-        traffic.add(axis, "all_to_all", others * self.shards.q_heads * dim)
-        traffic.add(axis, "all_to_all", here * (len(self.rows) - 1) * self.shards.q_heads * dim)
+        traffic.add(axis, "all_to_all", others * self.shards.kv_heads * shape.part_values * size)
+        traffic.add(axis, "all_to_all", others * self.shards.q_heads * shape.qk_dim * size)
+        traffic.add(axis, "all_to_all", here * (len(self.rows) - 1) * self.shards.q_heads * shape.v_dim * size)
         return traffic
 
     def memory(self, cell: Cell, place_here: int) -> tuple[int, int, int, int]:
         """Bytes of the kept rows, of the reused buffers, of the output of all tokens, and of the output of this rank's tokens."""
-        dim, size, total = cell.config.head_dim * cell.element_bytes, len(self.rows), sum(self.rows)
-        n, q, kv = self.rows[place_here], self.shards.q_heads * dim, 2 * self.shards.kv_heads * dim
-        buffers = n * size * (q + kv) + total * q + n * size * q + (total * (q + kv) if self.order is not None else 0)
-        own = n * size * q if self.shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
-        return (self.cached_rows + total) * kv, buffers, total * q, own
+        shape, size, total, element = cell.shape, len(self.rows), sum(self.rows), cell.element_bytes
+        n, q, out, kv = (
+            self.rows[place_here],
+            self.shards.q_heads * shape.qk_dim * element,
+            self.shards.q_heads * shape.v_dim * element,
+            self.shards.kv_heads * shape.part_values * element,
+        )
+        buffers = n * size * (q + kv) + total * q + n * size * out + (total * (q + kv) if self.order is not None else 0)
+        own = n * size * out if self.shards.q_heads > 1 else 0  # with one head per rank the received output is used where it lies
+        return (self.cached_rows + total) * kv, buffers, total * out, own
 
 
 @dataclass(frozen=True)
@@ -167,13 +172,16 @@ class Ulysses(Strategy):
         from cpbench.kernels.accumulate import Accumulator
 
         group, exchange = context.group, plan.exchange
-        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, open_rows, context, group, layer)
+        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, group, layer)
         result = Accumulator(q_all.shape[0], context.buffers)
-        context.kernel.attend(q_all, *exchange.open_rows(kv_all), plan.segments, context.scale, result)
+        context.kernel.attend(q_all, *open_rows(kv_all, exchange.heads(group.rank)), plan.segments, context.scale, result)
         return exchange.to_tokens(result.result(), context, group)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         return self.plan(cell, rank).exchange.traffic(cell, rank, "cp")
+
+    def attended_heads(self, cell: Cell) -> int:
+        return cell.heads // cell.layout.cp
 
     def score_pairs(self, cell: Cell, rank: int) -> int:
         return sum(block.causal_pairs for block in cell.split.whole) * (cell.heads // cell.layout.cp)
@@ -184,4 +192,9 @@ class Ulysses(Strategy):
         kept, exchanged, all_tokens, own = plan.exchange.memory(cell, rank)
         merge, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
         reordered = all_tokens if plan.exchange.order is not None else 0
-        return AttentionMemory(kept, exchanged, merge, max(attend, all_tokens + reordered + own))
+        opened = self.opened_rows(cell, rank) * cell.shape.opened_values(shards.q_heads) * cell.element_bytes
+        return AttentionMemory(kept, exchanged, merge, max(attend + opened, all_tokens + reordered + own))
+
+    def opened_rows(self, cell: Cell, rank: int) -> int:
+        """Of all tokens, but for this rank's heads only."""
+        return sum(block.rows for block in self.cached(cell, rank)) + cell.tokens

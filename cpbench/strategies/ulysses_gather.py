@@ -52,7 +52,9 @@ class UlyssesGather(Strategy):
 
         group, shards = context.group, plan.shards
         mine, sources = slice(group.rank * shards.q_heads, (group.rank + 1) * shards.q_heads), shards.kv_sources[group.rank]
-        k, v = (_heads(x, sources) for x in open_rows(rows_SW))
+        k, v = open_rows(rows_SW, range(mine.start, mine.stop))
+        if not context.shape.opened:
+            k, v = _heads(k, sources), _heads(v, sources)
         result = Accumulator(q_THD.shape[0], context.buffers)
         context.kernel.attend(q_THD[:, mine], k, v, plan.segments, context.scale, result)
         out = result.result().contiguous()
@@ -62,19 +64,23 @@ class UlyssesGather(Strategy):
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         traffic, cp = Traffic(), cell.layout.cp
-        traffic.add("cp", "all_gather", (cp - 1) * cell.tokens * (cell.heads // cp) * cell.config.head_dim * cell.element_bytes)
+        traffic.add("cp", "all_gather", (cp - 1) * cell.tokens * (cell.heads // cp) * cell.shape.v_dim * cell.element_bytes)
         return traffic
+
+    def attended_heads(self, cell: Cell) -> int:
+        return cell.heads // cell.layout.cp
 
     def score_pairs(self, cell: Cell, rank: int) -> int:
         return cell.split.causal_pairs(rank) * (cell.heads // cell.layout.cp)
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        plan, head = self.plan(cell, rank), cell.config.head_dim * cell.element_bytes
+        plan, head = self.plan(cell, rank), cell.shape.v_dim * cell.element_bytes
         shards = plan.shards
         own, whole = cell.tokens * shards.q_heads * head, cell.tokens * cell.heads * head
         merge, attend = calls_memory(cell, cell.tokens, (shards.q_heads, shards.kv_heads), plan.segments)
         keys = cell.tokens + sum(block.rows for block in self.cached(cell, rank))
-        repeated = 0 if _adjacent(shards.kv_sources[rank]) else 2 * keys * shards.kv_heads * head
+        repeated = 0 if _adjacent(shards.kv_sources[rank]) else keys * shards.kv_heads * cell.shape.part_values * cell.element_bytes
+        repeated += keys * cell.shape.opened_values(shards.q_heads) * cell.element_bytes
         joined = whole if shards.q_heads > 1 else 0  # with one head per rank the gathered output is used where it lies
         return AttentionMemory(buffers=whole, merge=merge, transient=repeated + max(attend + own, own + joined))
 

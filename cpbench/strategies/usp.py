@@ -71,8 +71,9 @@ class Usp(Strategy):
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: UspPlan, context: Context, layer: int) -> Tensor:
         exchange, ulysses = plan.exchange, context.groups.ulysses
-        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, open_rows, context, ulysses, layer)
-        out = run_ring(q_all, kv_all, exchange.open_rows, plan.steps, context, context.groups.ring)
+        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, ulysses, layer)
+        heads = exchange.heads(ulysses.rank)
+        out = run_ring(q_all, kv_all, lambda rows, _=None: open_rows(rows, heads), plan.steps, context, context.groups.ring)
         return exchange.to_tokens(out, context, ulysses)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
@@ -85,6 +86,9 @@ class Usp(Strategy):
             traffic.add("ring", "send_recv", received * _row_bytes(cell, plan.exchange), len(plan.steps) - 1)
         return traffic
 
+    def attended_heads(self, cell: Cell) -> int:
+        return cell.heads // cell.layout.ulysses
+
     def score_pairs(self, cell: Cell, rank: int) -> int:
         tokens = sum(block.causal_pairs for block in _places(cell)[rank // cell.layout.ulysses])
         return tokens * (cell.heads // cell.layout.ulysses)
@@ -96,7 +100,16 @@ class Usp(Strategy):
         segments = [segment for step in plan.steps for segment in step.segments]
         merge, attend = calls_memory(cell, sum(exchange.rows), (shards.q_heads, shards.kv_heads), segments)
         arriving = arriving_rows(plan.steps) * _row_bytes(cell, exchange)
-        return AttentionMemory(kept, exchanged + arriving, merge, max(attend, all_tokens + own))
+        opened = max(self._rows_by_step(plan)) * cell.shape.opened_values(shards.q_heads) * cell.element_bytes
+        return AttentionMemory(kept, exchanged + arriving, merge, max(attend + opened, all_tokens + own))
+
+    def opened_rows(self, cell: Cell, rank: int) -> int:
+        """For this rank's heads only."""
+        return sum(self._rows_by_step(self.plan(cell, rank)))
+
+    def _rows_by_step(self, plan: UspPlan) -> list[int]:
+        rows = [plan.exchange.cached_rows + sum(plan.exchange.rows), *(step.next_rows or 0 for step in plan.steps[:-1])]
+        return [count if step.segments else 0 for count, step in zip(rows, plan.steps, strict=True)]
 
 
 def hybrid_degrees(name: str) -> tuple[int, int] | None:
@@ -123,5 +136,5 @@ def _places(cell: Cell) -> list[Blocks]:
 
 
 def _row_bytes(cell: Cell, exchange: Exchange) -> int:
-    """Bytes of K and V of one token for this rank's heads."""
-    return 2 * exchange.shards.kv_heads * cell.config.head_dim * cell.element_bytes
+    """Bytes of a token's row for this rank's heads."""
+    return exchange.shards.kv_heads * cell.shape.part_values * cell.element_bytes

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cpbench.buffers import Buffers
-from cpbench.cell import Cell
+from cpbench.cell import AttentionShape, Cell
 from cpbench.distributed.mesh import Mesh
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
@@ -73,7 +73,7 @@ def test_one_rank_computes_causal_attention(name, lengths, groups):
     q, k, v = (torch.randn(512, heads, DIM, generator=generator, device="cuda", dtype=torch.bfloat16) for heads in (HEADS, KV_HEADS, KV_HEADS))
     tokens = torch.cat([torch.arange(r.start, r.stop, device="cuda") for r in cell.split.tokens(0)])
     rows = torch.cat([k[tokens].flatten(1), v[tokens].flatten(1)], 1)
-    context = Context(groups, load_kernel("sdpa"), Buffers(), None, SCALE)
+    context = Context(groups, load_kernel("sdpa"), Buffers(), None, SCALE, AttentionShape(HEADS, KV_HEADS, DIM, DIM, 2 * DIM))
     with torch.inference_mode():
         mine = strategy.attend(
             q[tokens], rows, lambda x: tuple(part.unflatten(1, (KV_HEADS, DIM)) for part in x.chunk(2, 1)), strategy.plan(cell, 0), context, 0

@@ -55,7 +55,7 @@ def error(name, lengths, cp=2):
 
     def program(rank):
         tokens = row_index(cell.split.tokens(rank), q.device)
-        context = Context(local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), Buffers(), None, SCALE)
+        context = Context(local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), Buffers(), None, SCALE, cell.shape)
         rows = torch.cat([k[tokens].flatten(1), v[tokens].flatten(1)], 1)
         return tokens, strategy.attend(q[tokens], rows, open_rows, strategy.plan(cell, rank), context, 0)
 
