@@ -18,8 +18,8 @@ from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import BLOCK, INDEX, SCALE, SINGLE, Checkpoint
-from cpbench.models.config import from_hugging_face
 from cpbench.models.decoder import Decoder
+from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
 from cpbench.models.weights import CheckpointWeights, token_ids
 from cpbench.program import Models
@@ -332,7 +332,7 @@ def test_headers_are_checked_without_torch(folder):
     code = f"""
 import sys
 from cpbench.models.checkpoint import Checkpoint
-from cpbench.models.config import from_hugging_face
+from cpbench.models.hugging_face import from_hugging_face
 Checkpoint.open({str(folder)!r}).require(from_hugging_face({str(folder)!r}), 2)
 assert not {{"torch", "safetensors", "numpy"}} & set(sys.modules)
 """

@@ -10,7 +10,8 @@ from cpbench.cell import Cell
 from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
-from cpbench.models.config import REMEDIES, ModelConfig, from_hugging_face
+from cpbench.models.config import ModelConfig
+from cpbench.models.hugging_face import REMEDIES, from_hugging_face
 from cpbench.models.presets import PRESETS, load_config
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.program import Program, alone, run_locally
@@ -107,7 +108,11 @@ def test_a_folder_with_a_config_is_a_model(tmp_path):
         ({"hidden_size": "96"}, "hidden"),
         ({"num_key_value_heads": 4}, "do not divide"),
         ({"num_hidden_layers": 0}, "layers = 0"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "scaled RoPE"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, r"scaled RoPE \(rope_type = \"linear\"\)"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "lacks 'original_max_position_embeddings'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": 1.5}}, r"scaled RoPE \(attention_factor = 1.5\)"),
+        ({"rope_parameters": "yarn"}, "wrong type"),
+        ({"hidden_act": "gelu"}, 'asks for hidden_act = "gelu"'),
         ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
         ({"num_attention_heads": 0}, "wrong type|heads"),
     ],
