@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 from cpbench.batch import Batch, spread
+from cpbench.experts import TRAINED
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.partition import Blocks, Split, cut, packed, split, switched_off
@@ -25,6 +26,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 PAGE_SIZE = 64  # tokens of a cache page where nothing else is asked for
 # every knob that changes the work, beside those that each cell names
 DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep", "chunk": None, "page_size": None, "cache_tokens": None, "head_groups": 1, "mla": "expanded"}
+DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None}
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Cell:
     cache_tokens: int | None = None
     head_groups: int = 1
     mla: str = "expanded"  # latent attention: K and V of every head, or absorbed: queries and outputs in the latent's width
+    router: str = TRAINED  # experts.py: which experts tokens get
+    dispatch: str | None = None  # how tokens reach them: alltoall or gather; None: what the layout allows (sharding.py)
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
 
     def __post_init__(self) -> None:

@@ -42,8 +42,7 @@ def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tupl
         own = gather.rows[getattr(place, gather.axis)]
         total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * row)
         total.add(gather.axis, "reduce_scatter", own * (len(gather.rows) - 1) * row)
-    for axis in plan.sums if mine else ():
-        size = cell.layout.size(axis)
+    for axis, size in plan.sums if mine else ():
         total.add(axis, "all_reduce", 2 * mine * row * (size - 1) // size)
     return total
 

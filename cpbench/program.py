@@ -20,6 +20,7 @@ from cpbench.cell import Cell
 from cpbench.communicator import Communicator
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import Groups, local_groups
+from cpbench.experts import RouterRule
 from cpbench.formulas import cached_tokens
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
@@ -27,9 +28,11 @@ from cpbench.models.attention import HeadSlice
 from cpbench.models.decoder import Decoder, FirstTokens, Slice
 from cpbench.models.latent import absorb_queries, kv_b_weight, latent_rows, release_outputs
 from cpbench.models.rope import softmax_scale
+from cpbench.models.router import Routing, RoutingLog
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.paging import BlockTable, plan_cache
 from cpbench.pipeline import Pipeline
+from cpbench.sharding import Unit, dispatch_of, unit_of, unit_places
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import Context, OpenRows, ParallelAttention, cached_rows, keys_and_values, row_index, row_values
 
@@ -102,6 +105,7 @@ class Program:
         self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)
         self.tokens = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
         self.cache, caches = self._cache()
+        self.log = RoutingLog()
         self.steps = self._steps(kernel, caches)
         self.models = models or Models()
         self.inputs: list[Tensor] = []
@@ -154,7 +158,7 @@ class Program:
         cp_rank, first, steps = self.place.cp, 0, []
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
-            communicator = Communicator(self.groups, rows)
+            communicator = Communicator(self.groups, rows, *self._to_experts(index))
             if index >= len(self.part.steps):  # other groups have tokens left
                 steps.append(Step(row_index([], self.device), slice(first, first), {}, None, communicator))
                 continue
@@ -168,6 +172,19 @@ class Program:
             steps.append(Step(row_index(split.positions(cp_rank), self.device), mine, last_rows, attention, communicator))
             first = mine.stop
         return steps
+
+    def _to_experts(self, index: int) -> tuple[Unit, Routing] | tuple[()]:
+        """Which ranks see the same tokens at the experts in a step, and what the routers need there; nothing where there are no experts."""
+        cell, steps = self.cell, self.cell.token_rows
+        if cell.config.experts is None or cell.target == "attention":
+            return ()
+        unit, seen = unit_of(cell.layout, self.place, dispatch_of(cell.layout, cell.dispatch)), []
+        for dp, cp in unit_places(unit, self.place, steps[index]):
+            first = sum(rows.rows[dp][cp] for rows in steps[:index])
+            seen.append(row_index(cell.tokens_of(dp, cp), self.device)[first : first + steps[index].rows[dp][cp]])
+        tokens = torch.cat(seen)
+        mine = unit.rows(len(tokens))
+        return unit, Routing(RouterRule.parse(cell.router), cell.seed, tokens[mine.start : mine.stop].clone(), self.log)
 
     def _build(self) -> tuple[Callable[[], Output], Callable[[], object]]:
         cell = self.cell

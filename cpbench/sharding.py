@@ -3,15 +3,28 @@
 A block whose weights are cut over ranks that hold different tokens must see those tokens gathered, else partial sums of different tokens
 are added up. What to gather follows from the axes alone: those that cut both. How many ranks an axis has, or whether two groups happen to
 be equally large, decides nothing. Pure data; communicator.py executes it and formulas.py counts it.
+
+Experts are divided by axes of their own, which cut the same ranks another way. Ranks that must see the same tokens at the experts form a
+*unit*: where tokens are gathered, those that hold one copy of all experts together; where they are sent to their experts, those that hold
+the same experts and cut their columns. A unit is neighbours on the attention axes, so the rule above holds for it too:
+
+    dp2cp2tp2/ep4tp2, gather      one unit of 8: gather over cp, then dp; sums over tp
+    dp2cp2tp2/ep4tp2, all-to-all  units of 2, which are the tensor-parallel groups: nothing is gathered; sums over tp
+    cp2tp4/ep8, all-to-all        units of 1, four of which hold the same tokens: each takes a quarter of them
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
+from cpbench.experts import ALLTOALL, GATHER
 from cpbench.layout import Coordinates, Layout
+from cpbench.partition import cut
 
 Axes = tuple[str, ...]
+Spans = tuple[tuple[str, int], ...]  # axes, and over how many neighbours on each
 
 ATTENTION: Axes = ("tp",)  # heads
 DENSE_MLP: Axes = ("dp", "tp")  # columns: context-parallel ranks have the same weights, data-parallel ones share one copy, as in serving engines
@@ -32,7 +45,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Gather:
-    """Rows come together along one axis: `rows` of each rank on it, in rank order."""
+    """Rows come together along one axis: `rows` of each rank on it, or of as many neighbours, in rank order."""
 
     axis: str
     rows: tuple[int, ...]
@@ -44,7 +57,7 @@ class Exchange:
     over the other axes that cut its weights."""
 
     gathers: tuple[Gather, ...]
-    sums: Axes
+    sums: Spans
 
 
 @dataclass(frozen=True)
@@ -63,19 +76,105 @@ def shard_of(layout: Layout, place: Coordinates, weights: Axes) -> Shard:
     return Shard(rank, size)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """The ranks that see the same tokens at the experts: how many there are, and how far they reach on the attention axes.
+
+    `share`: which part of its tokens a rank's unit takes where several units hold the same ones. The results of all of them are summed
+    over tp, so tp is in the spans as a whole.
+    """
+
+    ranks: int
+    spans: Spans
+    share: Shard
+    alltoall: bool  # whether tokens travel between units
+
+    def rows(self, count: int) -> range:
+        """Of so many rows those that the unit takes."""
+        return range(*cut(count, self.share.size)[self.share.rank])
+
+
+def spans_of(layout: Layout, weights: Axes) -> Spans:
+    """The whole axes."""
+    return tuple((axis, layout.size(axis)) for axis in weights)
+
+
 def exchange(layout: Layout, place: Coordinates, tokens: TokenRows, weights: Axes) -> Exchange:
     """What surrounds a block whose weights are cut over the axes `weights`, for a rank and one step."""
-    cut = [axis for axis in weights if layout.size(axis) > 1]
+    return exchange_over(place, tokens, spans_of(layout, weights))
+
+
+def exchange_over(place: Coordinates, tokens: TokenRows, spans: Spans) -> Exchange:
+    """What surrounds a block whose weights are cut over some neighbours on each axis."""
+    sizes = {axis: size for axis, size in spans if size > 1}
     gathers = []
     for axis in TOKEN_AXES:
-        if axis in cut and not (axis == "cp" and tokens.replicated[place.dp]):
-            gathers.append(Gather(axis, _rows_along(axis, place, tokens, together="cp" in cut)))
-    return Exchange(tuple(gathers), tuple(axis for axis in cut if all(gather.axis != axis for gather in gathers)))
+        if axis in sizes and not (axis == "cp" and tokens.replicated[place.dp]):
+            gathers.append(Gather(axis, _rows_along(axis, neighbours(place, axis, sizes[axis]), place, tokens, together="cp" in sizes)))
+    return Exchange(tuple(gathers), tuple(span for span in sizes.items() if all(gather.axis != span[0] for gather in gathers)))
 
 
-def _rows_along(axis: str, place: Coordinates, tokens: TokenRows, together: bool) -> tuple[int, ...]:
-    """Rows of each rank on an axis; with `together` those of a DP group have been gathered when the groups are."""
+def neighbours(place: Coordinates, axis: str, size: int) -> range:
+    """The places on an axis of the `size` neighbours that a rank is one of."""
+    first = getattr(place, axis) // size * size
+    return range(first, first + size)
+
+
+def _rows_along(axis: str, along: range, place: Coordinates, tokens: TokenRows, together: bool) -> tuple[int, ...]:
+    """Rows of some ranks on an axis; with `together` those of a DP group have been gathered when the groups are."""
     if axis == "cp":
-        return tokens.rows[place.dp]
-    whole = [sum(rows) if together and not same else rows[place.cp] for rows, same in zip(tokens.rows, tokens.replicated, strict=True)]
-    return tuple(whole)
+        return tuple(tokens.rows[place.dp][cp] for cp in along)
+    return tuple(sum(tokens.rows[dp]) if together and not tokens.replicated[dp] else tokens.rows[dp][place.cp] for dp in along)
+
+
+def dispatch_of(layout: Layout, asked: str | None) -> str:
+    """How tokens reach their experts: as asked, else sent to them where experts lie on several ranks and that is possible."""
+    return asked or (ALLTOALL if layout.ep > 1 and unit_reach(layout, ALLTOALL) else GATHER)
+
+
+@lru_cache(maxsize=1 << 14)
+def unit_reach(layout: Layout, dispatch: str) -> tuple[int, int, int] | None:
+    """Of a unit: how many neighbours on dp, cp and tp it has. None where it does not lie on whole groups of the inner axes.
+
+    A unit is consecutive ranks. One that ends inside a tensor-parallel group and goes on in the next would see two kinds of tokens, and so
+    would one that ends inside a row of context-parallel ranks.
+    """
+    ranks = layout.moe_tp * (layout.ep if dispatch == GATHER else 1)
+    reach: dict[str, int] = {}
+    for axis in ("tp", "cp", "dp"):
+        size = layout.size(axis)
+        reach[axis] = min(size, ranks)
+        if max(size, ranks) % reach[axis]:
+            return None
+        ranks = max(1, ranks // size)
+    return reach["dp"], reach["cp"], reach["tp"]
+
+
+def unit_of(layout: Layout, place: Coordinates, dispatch: str) -> Unit:
+    """The unit of a rank. The layout must have one (see `unit_reach`)."""
+    reach = unit_reach(layout, dispatch)
+    assert reach is not None, f"the experts of {layout} straddle its attention groups"
+    dp, cp, tp = reach
+    return Unit(dp * cp * tp, (("dp", dp), ("cp", cp), ("tp", layout.tp)), Shard(place.tp // tp, layout.tp // tp), dispatch == ALLTOALL and layout.ep > 1)
+
+
+def unit_places(unit: Unit, place: Coordinates, tokens: TokenRows) -> list[tuple[int, int]]:
+    """(dp, cp) of the ranks whose rows a unit sees, in the order in which they are gathered."""
+    sizes = dict(unit.spans)
+    found = []
+    for dp in neighbours(place, "dp", sizes["dp"]):
+        found += [(dp, cp) for cp in ([place.cp] if tokens.replicated[dp] else neighbours(place, "cp", sizes["cp"]))]
+    return found
+
+
+def unit_rows(unit: Unit, place: Coordinates, tokens: TokenRows) -> int:
+    """Rows that the experts of a unit are asked for, by the unit itself."""
+    return len(unit.rows(sum(tokens.rows[dp][cp] for dp, cp in unit_places(unit, place, tokens))))
+
+
+def partial_groups(layout: Layout) -> Iterator[tuple[str, int, tuple[tuple[int, ...], ...]]]:
+    """Axis, size and rank lists of the groups that are a part of an axis: where a unit reaches over some of its ranks only."""
+    reaches = dict.fromkeys(reach for dispatch in (GATHER, ALLTOALL) if (reach := unit_reach(layout, dispatch)))
+    for axis, size in dict.fromkeys(span for dp, cp, _ in reaches for span in (("dp", dp), ("cp", cp))):
+        if 1 < size < layout.size(axis):
+            yield axis, size, tuple(ranks[first : first + size] for ranks in layout.groups(axis) for first in range(0, len(ranks), size))

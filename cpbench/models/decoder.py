@@ -19,9 +19,10 @@ from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
 from cpbench.models.latent import MultiHeadLatentAttention
 from cpbench.models.mlp import DenseMLP
+from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import cos_sin
-from cpbench.models.weights import RandomWeights
+from cpbench.models.weights import RandomWeights, Weights
 from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
 
@@ -41,6 +42,8 @@ class Slice:
     attention: Shard
     mlp: Shard
     vocabulary: Shard
+    experts: Shard
+    columns: Shard  # of each expert
     absorbed: bool = False
 
     @classmethod
@@ -50,13 +53,20 @@ class Slice:
         ends = cell.target == "prefill"
         attention, mlp, vocabulary = (shard_of(layout, place, axes) for axes in (GroupedQueryAttention.axes, DenseMLP.axes, VOCABULARY))
         embedding, head = ends and place.pp == 0, ends and place.pp == layout.pp - 1
-        return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, cell.mla == "absorbed")
+        experts, columns = (shard_of(layout, place, (axis,)) if cell.config.experts else Shard(0, 1) for axis in ("ep", "moe_tp"))
+        return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, experts, columns, cell.mla == "absorbed")
 
 
 def _attention(config: ModelConfig, weights: RandomWeights, prefix: str, part: Slice) -> GroupedQueryAttention | MultiHeadLatentAttention:
     if config.latent is None:
         return GroupedQueryAttention(config, weights, prefix, part.attention)
     return MultiHeadLatentAttention(config, weights, prefix, part.attention, part.absorbed)
+
+
+def _feed_forward(config: ModelConfig, weights: Weights, prefix: str, layer: int, part: Slice) -> DenseMLP | SparseMLP:
+    if not config.is_sparse(layer):
+        return DenseMLP(config, weights, prefix, part.mlp)
+    return SparseMLP(config, weights, prefix, layer, part.experts, part.columns, part.mlp)
 
 
 class DecoderLayer:
@@ -67,7 +77,7 @@ class DecoderLayer:
         self.index = index
         self.eps = config.norm_eps
         self.attention = _attention(config, weights, f"{prefix}.self_attn", part)
-        self.mlp = DenseMLP(config, weights, f"{prefix}.mlp", part.mlp)
+        self.mlp = _feed_forward(config, weights, f"{prefix}.mlp", index, part)
         self.input_norm = weights.norm(f"{prefix}.input_layernorm.weight", config.hidden)
         self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden)
 
@@ -76,8 +86,7 @@ class DecoderLayer:
         if attention is not None:
             block = self.attention
             x_nM.add_(communicator.complete(block.forward(rms_norm(x_nM, self.input_norm, self.eps), cos, sin, attention, self.index), block.axes))
-        mlp = self.mlp  # calls are nested so that no name keeps rows alive that a block has read
-        return x_nM.add_(communicator.complete(mlp.forward(communicator.gather(rms_norm(x_nM, self.mlp_norm, self.eps), mlp.axes)), mlp.axes))
+        return x_nM.add_(self.mlp.forward(lambda: rms_norm(x_nM, self.mlp_norm, self.eps), communicator))
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,6 @@ class Decoder:
         """Every weight tensor held, each once."""
         found: dict[int, Tensor] = {}
         for holder in [self, *self.layers, *(part for layer in self.layers for part in (layer.attention, layer.mlp))]:
-            for value in vars(holder).values():
-                if isinstance(value, torch.Tensor):
-                    found[id(value)] = value
+            held = holder.parameters() if isinstance(holder, SparseMLP) else vars(holder).values()
+            found |= {id(value): value for value in held if isinstance(value, torch.Tensor)}
         return list(found.values())

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.communicator import Communicator
 from cpbench.models.config import ModelConfig
-from cpbench.models.weights import RandomWeights
+from cpbench.models.weights import Weights
 from cpbench.sharding import DENSE_MLP, Shard
 
 
 class DenseMLP:
-    """Gate and up are one matrix, so that the input is read once."""
+    """Gate and up are one matrix, so that the input is read once. Shared experts are such a block of another width."""
 
     axes = DENSE_MLP
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard) -> None:
-        width = config.intermediate // shard.size
-        mine = range(shard.rank * width, (shard.rank + 1) * width)
-        shape = (config.intermediate, config.hidden)
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, shard: Shard, width: int | None = None) -> None:
+        whole = width or config.intermediate
+        part = whole // shard.size
+        mine = range(shard.rank * part, (shard.rank + 1) * part)
+        shape = (whole, config.hidden)
         self.gate_up_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", shape, mine) for name in ("gate_proj", "up_proj")])
         self.down_weight = weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine)
 
-    def forward(self, x_nM: Tensor) -> Tensor:
+    def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
+        """The block's output [n, M] for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
+        return communicator.complete(self.partial(communicator.gather(normed(), self.axes)), self.axes)
+
+    def partial(self, x_nM: Tensor) -> Tensor:
         """Partial sums of the block's output [n, M]."""
-        gate, up = F.linear(x_nM, self.gate_up_weight).chunk(2, 1)
+        gate_up_nI = F.linear(x_nM, self.gate_up_weight)
         del x_nM
-        F.silu(gate, inplace=True).mul_(up)
-        return F.linear(gate, self.down_weight)
+        return activated(gate_up_nI, self.down_weight)
+
+
+def activated(gate_up_nI: Tensor, down_weight: Tensor) -> Tensor:
+    """down(silu(gate) * up) [n, M] of gate and up side by side, which are overwritten."""
+    gate, up = gate_up_nI.chunk(2, 1)
+    F.silu(gate, inplace=True).mul_(up)
+    return F.linear(gate, down_weight)

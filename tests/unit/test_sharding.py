@@ -32,19 +32,19 @@ def plan(name, rank, rows, weights, replicated=None):
 
 
 def test_attention_heads_need_no_tokens_of_other_ranks():
-    assert plan("dp2cp2tp2", 5, ((3, 4), (5, 6)), ATTENTION) == sharding.Exchange((), ("tp",))
+    assert plan("dp2cp2tp2", 5, ((3, 4), (5, 6)), ATTENTION) == sharding.Exchange((), (("tp", 2),))
 
 
 def test_context_parallel_ranks_have_a_feed_forward_block_each_and_data_parallel_ones_share_it():
     found = plan("dp2cp2tp2", 6, ((3, 4), (5, 6)), DENSE_MLP)  # dp 1, cp 1, tp 0
-    assert found == sharding.Exchange((Gather("dp", (4, 6)),), ("tp",))
-    assert plan("cp4tp2", 3, ((3, 4, 5, 6),), DENSE_MLP) == sharding.Exchange((), ("tp",))
+    assert found == sharding.Exchange((Gather("dp", (4, 6)),), (("tp", 2),))
+    assert plan("cp4tp2", 3, ((3, 4, 5, 6),), DENSE_MLP) == sharding.Exchange((), (("tp", 2),))
 
 
 def test_the_tokens_of_a_group_come_together_before_the_groups_do():
     """What SGLang's gather of attention-DP tokens does not do: two context-parallel ranks of a group would write to the same rows."""
     found = plan("dp2cp2tp2", 6, ((3, 4), (5, 6)), EXPERTS)
-    assert found == sharding.Exchange((Gather("cp", (5, 6)), Gather("dp", (7, 11))), ("tp",))
+    assert found == sharding.Exchange((Gather("cp", (5, 6)), Gather("dp", (7, 11))), (("tp", 2),))
 
 
 def test_axes_decide_and_not_group_sizes():
@@ -55,7 +55,7 @@ def test_axes_decide_and_not_group_sizes():
 
 def test_where_context_parallel_ranks_hold_the_same_tokens_their_sums_are_not_scattered():
     rows, replicated = ((9, 9), (5, 6)), (True, False)
-    assert plan("dp2cp2", 1, rows, EXPERTS, replicated) == sharding.Exchange((Gather("dp", (9, 11)),), ("cp",))
+    assert plan("dp2cp2", 1, rows, EXPERTS, replicated) == sharding.Exchange((Gather("dp", (9, 11)),), (("cp", 2),))
     assert plan("dp2cp2", 3, rows, EXPERTS, replicated) == sharding.Exchange((Gather("cp", (5, 6)), Gather("dp", (9, 11))), ())
 
 
