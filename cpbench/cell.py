@@ -25,7 +25,15 @@ TARGETS = ("prefill", "layer", "attention")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 PAGE_SIZE = 64  # tokens of a cache page where nothing else is asked for
 # every knob that changes the work, beside those that each cell names
-DEFAULT_OPTIONS: dict[str, Any] = {"kv_cache": "keep", "chunk": None, "page_size": None, "cache_tokens": None, "head_groups": 1, "mla": "expanded"}
+DEFAULT_OPTIONS: dict[str, Any] = {
+    "kv_cache": "keep",
+    "chunk": None,
+    "page_size": None,
+    "cache_tokens": None,
+    "head_groups": 1,
+    "mla": "expanded",
+    "weights": None,
+}
 DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None}
 
 
@@ -90,6 +98,7 @@ class Cell:
     cache_tokens: int | None = None
     head_groups: int = 1
     mla: str = "expanded"  # latent attention: K and V of every head, or absorbed: queries and outputs in the latent's width
+    weights: str | None = None  # the name of a checkpoint, which says what and not where; None: random ones
     router: str = TRAINED  # experts.py: which experts tokens get
     dispatch: str | None = None  # how tokens reach them: alltoall or gather; None: what the layout allows (sharding.py)
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell

@@ -78,9 +78,10 @@ def fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None:
         return
     stages = _most_stages(scenario)
     if asked is None:
-        default = scenario.layers or 1
+        default = config.layers if scenario.weights else scenario.layers or 1
         scenario.layers = min(max(default, stages), config.layers)
         why = "default: one per pipeline stage" if scenario.layers > default else f"default on {scenario.device}"
+        why = "all of the checkpoint" if scenario.weights else why
         notes.append(f"layers {scenario.layers} of {config.layers} ({why})")
     elif asked > config.layers:
         raise CpbenchError(f"{config.name} has {config.layers} layers, not {asked}.", f"The nearest valid value is --layers {config.layers}.")

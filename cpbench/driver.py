@@ -207,6 +207,7 @@ class _Sweep:
             cores=self.plan.cores,
             timing=self.scenario.timing.model_dump(),
             cell_timeout=self.scenario.limits.cell_timeout,
+            weights=str(Path(self.scenario.weights).resolve()) if self.scenario.weights else None,
             cells=tuple(JobCell(self.index[p.cell.id], p.cell, rounds_done(self.results.get(p.cell.id)) == 0) for p in cells),
         )
 

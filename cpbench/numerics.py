@@ -91,7 +91,8 @@ def check(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, mode
 def small_cell(cell: Cell) -> Cell:
     """The same layout and rules on short sequences: long enough that every block has rows, uneven where the cell is.
 
-    The shortest sequence is among them, because it may switch context parallelism off. Prefixes stay, and so does chunking.
+    The shortest sequence is among them, because it may switch context parallelism off. Prefixes stay, and so does chunking. Weights are
+    random ones, because those of a checkpoint do not fit a reduced width.
     """
     cp, pp = cell.layout.cp, cell.layout.pp
     shortest = min(range(len(cell.lengths)), key=lambda index: cell.lengths[index])
@@ -110,6 +111,7 @@ def small_cell(cell: Cell) -> Cell:
         prefixes=prefixes,
         chunk=chunk,
         cache_tokens=capacity,
+        weights=None,
     )
 
 

@@ -23,6 +23,7 @@ from cpbench.fitting import layout_reason, strategy_reason
 from cpbench.formulas import cached_pages, flops, live_bytes
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
+from cpbench.models.checkpoint import Checkpoint
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import load_config
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
@@ -89,13 +90,23 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
     plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
-    cells = _distinct(cells_of(scenario, config))
+    weights = _weights(scenario, config)
+    cells = _distinct(replace(cell, weights=weights) for cell in cells_of(scenario, config))
     _refuse_left_out(scenario, cells, plan.left_out)
     _require_partition(scenario, cells)
     ordered = sorted(cells, key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
     planned = [_planned(cell, machine, plan, scenario.timing) for cell in ordered]
     _refuse_impossible(scenario, planned)
     return replace(plan, cells=tuple(planned))
+
+
+def _weights(scenario: Scenario, config: ModelConfig) -> str | None:
+    """The name of the checkpoint, if there is one. Raises CpbenchError where it is not one of the model."""
+    if not scenario.weights:
+        return None
+    checkpoint = Checkpoint.open(scenario.weights)
+    checkpoint.require(config, scenario.layers or 1)
+    return checkpoint.name
 
 
 def _distinct(cells: Iterable[Cell]) -> list[Cell]:

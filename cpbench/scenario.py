@@ -95,6 +95,7 @@ class Scenario(_Model):
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="names the result file")
     target: Literal["prefill", "layer", "attention"] = Field("prefill", description="prefill: time to first token; layer: one decoder layer; attention alone")
     model: str | None = Field(None, description="a preset (cpbench list models) or the path of a Hugging Face config.json")
+    weights: str | None = Field(None, description="a folder with config.json and *.safetensors, instead of a model with random weights")
     layers: Whole | None = Field(None, ge=1, description="decoder layers to run, at most those of the model")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -128,6 +129,10 @@ class Scenario(_Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
+        if self.weights and self.model not in (None, f"{self.weights}/config.json"):
+            refuse("model and weights both say which model to measure.", f"Leave model out: the config.json in {self.weights} says it.")
+        if self.weights and self.target == "attention":
+            refuse("Target 'attention' has no weights to read.", "Leave weights out, or use --target prefill.")
         clash = next((name for name in BATCH_DEFAULTS if getattr(self, name) is not None), None)
         if self.batches and clash:
             refuse(f"{clash} and batches (--lengths) both describe batches.", f"Leave {clash} out, or use seq, batch and prefix alone.")
@@ -211,6 +216,8 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
     device = machine.device if scenario.device == "auto" else scenario.device
     if device == "cuda" and machine.device != "cuda":
         raise CpbenchError("This machine has no CUDA device that PyTorch can use.", "Use --set device=cpu, or see cpbench doctor.")
+    if scenario.weights:
+        scenario = scenario.model_copy(update={"model": f"{scenario.weights}/config.json"})
     filled: dict[str, Any] = {"device": device}
     notes = [] if scenario.device == device else [f"device {device}"]
     degrees = {} if scenario.layouts or scenario.gpus else DEGREE_DEFAULTS

@@ -54,7 +54,8 @@ class Job:
 
     @classmethod
     def read(cls, path: str) -> Job:
-        return cls(json.loads(Path(path).read_text(encoding="utf-8")), int(os.environ["RANK"]), Models())
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(data, int(os.environ["RANK"]), Models(data.get("weights")))
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append an event, on the first rank only."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from cpbench.models.config import ModelConfig
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate
-from cpbench.models.weights import RandomWeights
+from cpbench.models.weights import Weights
 from cpbench.sharding import ATTENTION, Shard
 from cpbench.strategies.base import ParallelAttention, keys_and_values
 
@@ -43,7 +43,7 @@ class GroupedQueryAttention:
 
     axes = ATTENTION
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, shard: Shard) -> None:
         self.config = config
         heads = HeadSlice.of(config, shard)
         dim, hidden = config.head_dim, config.hidden

@@ -22,7 +22,7 @@ from cpbench.models.mlp import DenseMLP
 from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import cos_sin
-from cpbench.models.weights import RandomWeights, Weights
+from cpbench.models.weights import Weights
 from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
 
@@ -57,7 +57,7 @@ class Slice:
         return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, experts, columns, cell.mla == "absorbed")
 
 
-def _attention(config: ModelConfig, weights: RandomWeights, prefix: str, part: Slice) -> GroupedQueryAttention | MultiHeadLatentAttention:
+def _attention(config: ModelConfig, weights: Weights, prefix: str, part: Slice) -> GroupedQueryAttention | MultiHeadLatentAttention:
     if config.latent is None:
         return GroupedQueryAttention(config, weights, prefix, part.attention)
     return MultiHeadLatentAttention(config, weights, prefix, part.attention, part.absorbed)
@@ -72,7 +72,7 @@ def _feed_forward(config: ModelConfig, weights: Weights, prefix: str, layer: int
 class DecoderLayer:
     """x += attention(norm(x)); x += mlp(norm(x)), with tokens gathered and partial sums completed in between."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, index: int, part: Slice) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, index: int, part: Slice) -> None:
         prefix = f"model.layers.{index}"
         self.index = index
         self.eps = config.norm_eps
@@ -101,7 +101,7 @@ class FirstTokens:
 class Decoder:
     """One rank's slice of a model."""
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, part: Slice) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, part: Slice) -> None:
         self.config = config
         self.layers = [DecoderLayer(config, weights, index, part) for index in part.layers]
         width, tables = config.vocab // part.vocabulary.size, dict[str, Tensor]()

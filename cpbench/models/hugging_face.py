@@ -86,7 +86,7 @@ def _common(raw: Raw, file: Path) -> Raw:
     """What every decoder has."""
     rope = _rope(raw)
     return {
-        "name": file.resolve().parent.name or str(file),
+        "name": file.parent.resolve().name or str(file),
         "hidden": raw["hidden_size"],
         "layers": raw["num_hidden_layers"],
         "heads": raw["num_attention_heads"],

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from cpbench.models.config import LatentAttention, ModelConfig
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate_neighbours
-from cpbench.models.weights import RandomWeights
+from cpbench.models.weights import Weights
 from cpbench.sharding import ATTENTION, Shard
 from cpbench.strategies.base import OpenRows, ParallelAttention
 
@@ -27,7 +27,7 @@ class MultiHeadLatentAttention:
 
     axes = ATTENTION
 
-    def __init__(self, config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard, absorbed: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, prefix: str, shard: Shard, absorbed: bool) -> None:
         assert config.latent is not None, "a model with latent attention"
         self.eps, self.sizes, self.absorbed = config.norm_eps, config.latent, absorbed
         sizes, hidden, heads = self.sizes, config.hidden, config.heads // shard.size
@@ -78,7 +78,7 @@ class MultiHeadLatentAttention:
         rotate_neighbours(latent_nW[:, None, rank:], cos, sin, rows_nW[:, None, rank:])
 
 
-def kv_b_weight(config: ModelConfig, weights: RandomWeights, prefix: str, shard: Shard) -> Tensor:
+def kv_b_weight(config: ModelConfig, weights: Weights, prefix: str, shard: Shard) -> Tensor:
     """What makes K and V of one rank's heads from latents: [h, N + E, R]."""
     assert config.latent is not None, "a model with latent attention"
     sizes, heads = config.latent, config.heads // shard.size

@@ -14,15 +14,19 @@ from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
+from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import BLOCK, INDEX, SCALE, SINGLE, Checkpoint
-from cpbench.models.decoder import Decoder
+from cpbench.models.decoder import Slice
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
-from cpbench.models.weights import CheckpointWeights, token_ids
+from cpbench.models.weights import CheckpointWeights, RandomWeights, token_ids
+from cpbench.numerics import small_cell
+from cpbench.plan import make_plan
 from cpbench.program import Models
+from cpbench.scenario import parse_scenario, resolve
 
 transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
 CPU = torch.device("cpu")
@@ -89,23 +93,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def answer_of(monkeypatch, checkpoint, config, layout, strategy, partition, lengths=LENGTHS):
-    def decoder(config, random, part):
-        return Decoder(config, CheckpointWeights(checkpoint, random.dtype, random.device, random.rounded_to), part)
-
-    monkeypatch.setattr("cpbench.program.Decoder", decoder)
-    cell = Cell("prefill", config, config.layers, Layout.parse(layout), strategy, partition, "cpu_flash", "float32", "cpu", lengths, seed=3)
-    world = LocalWorld(cell.world_size, 60)
-    return world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), CPU, Models()))[0][-1]
+def answer_of(folder, config, layout, strategy, partition):
+    """The prefill of every layer on all ranks of a layout, as threads."""
+    name, world = Checkpoint.open(folder).name, LocalWorld(Layout.parse(layout).world_size, 60)
+    cell = Cell("prefill", config, config.layers, Layout.parse(layout), strategy, partition, "cpu_flash", "float32", "cpu", LENGTHS, seed=3, weights=name)
+    return world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), CPU, Models(str(folder))))[0][-1]
 
 
 @pytest.mark.parametrize(("layout", "strategy", "partition"), LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_gives_the_logits_and_first_tokens_of_transformers(checkpoints, monkeypatch, name, layout, strategy, partition):
+def test_a_saved_model_gives_the_logits_and_first_tokens_of_transformers(checkpoints, name, layout, strategy, partition):
     folder, expected = checkpoints(name)
-    config, checkpoint = from_hugging_face(folder), Checkpoint.open(folder)
-    checkpoint.require(config, config.layers)
-    answer = answer_of(monkeypatch, checkpoint, config, layout, strategy, partition)
+    config = from_hugging_face(folder)
+    Checkpoint.open(folder).require(config, config.layers)
+    answer = answer_of(folder, config, layout, strategy, partition)
     assert float((answer.logits - expected).norm() / expected.norm()) < 2e-5
     assert list(answer.first_tokens) == expected.argmax(1).tolist()
 
@@ -326,6 +327,48 @@ def test_a_tensor_in_two_files_needs_an_index(folder):
     names = Checkpoint.open  # with an index, the file that it names holds the tensor
     (folder / INDEX).write_text(json.dumps({"weight_map": {name: "a.safetensors" for name, _ in parameters(from_hugging_face(folder), 2)}}))
     assert names(folder).tensors["model.norm.weight"].file == "a.safetensors"
+
+
+def test_decoders_of_a_checkpoint_are_kept_and_one_that_has_changed_is_not_read(folder):
+    config, models = from_hugging_face(folder), Models(str(folder))
+    cell = Cell("prefill", config, 2, Layout(), "none", "contiguous", "auto", "float32", "cpu", (9,), weights=Checkpoint.open(folder).name)
+    random = RandomWeights(0, torch.float32, CPU)
+    decoder = models.get(cell, random, Slice.of(cell, 0))
+    assert models.get(replace(cell, lengths=(8,), seed=2), replace(random, seed=2), Slice.of(cell, 0)) is decoder
+    assert models.get(replace(cell, weights=None), random, Slice.of(cell, 0)) is not decoder
+    changed(folder, lambda tensors: tensors["model.embed_tokens.weight"].add_(1))
+    with pytest.raises(RuntimeError, match="by now, not"):
+        Models(str(folder)).get(cell, random, Slice.of(cell, 0))
+
+
+def test_a_cell_says_which_weights_and_not_where_they_lie(folder):
+    machine = Machine("cpu", 0, 2, 8 << 30, "Example CPU")
+    fields = {"weights": str(folder), "seq": [64], "cp": [2], "strategies": ["ring"], "device": "cpu"}
+    scenario, notes = resolve(parse_scenario(fields), machine)
+    cells = [planned.cell for planned in make_plan(scenario, machine).cells]
+    assert [cell.key["options"]["weights"] for cell in cells] == [Checkpoint.open(folder).name] * 2
+    assert str(folder.parent) not in json.dumps([cell.key for cell in cells]) + "".join(cell.id for cell in cells)
+    assert [Cell.from_dict(cell.to_dict()) for cell in cells] == cells
+    assert {(cell.layers, cell.config.layers) for cell in cells} == {(2, 2)} and "layers 2 of 2 (all of the checkpoint)" in notes
+    assert resolve(scenario, machine)[0] == scenario == parse_scenario(scenario.model_dump())
+    assert small_cell(cells[0]).weights is None, "the check runs on a reduced width, which no checkpoint fits"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "qwen3-tiny"}, "model and weights both say"),
+        ({"target": "attention"}, "has no weights to read"),
+        ({"layers": 3}, "has 2 layers, not 3"),
+        ({"weights": "nowhere"}, "nowhere/config.json cannot be read"),
+        ({"weights": "qwen3-tiny"}, "qwen3-tiny/config.json cannot be read"),
+    ],
+)
+def test_scenarios_that_no_checkpoint_fits_are_refused(folder, fields, message):
+    machine = Machine("cpu", 0, 2, 8 << 30, "Example CPU")
+    with pytest.raises(CpbenchError, match=message) as caught:
+        make_plan(resolve(parse_scenario({"weights": str(folder), "seq": [64], **fields}), machine)[0], machine)
+    assert caught.value.exit_code == 2
 
 
 def test_headers_are_checked_without_torch(folder):
