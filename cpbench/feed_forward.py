@@ -1,6 +1,8 @@
-"""Closed forms for the feed-forward block of a layer: what a rank computes, holds, gathers and sums there. Pure numbers, without torch.
+"""Closed forms for the feed-forward block of a layer: what a rank computes, holds, gathers, sends and sums there. Pure numbers, without torch.
 
-What surrounds the block (gathers before it, sums after it) follows from sharding.py. The rest of a cell is in formulas.py.
+What surrounds the block (gathers before it, sums after it) follows from sharding.py. The rest of a cell is in formulas.py. How many rows an
+expert gets is the router's choice: where experts lie on several ranks, operations and memory are those of equal loads, and so is the traffic
+unless it is told how many rows travelled.
 """
 
 from __future__ import annotations
@@ -10,62 +12,173 @@ from math import prod
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
-from cpbench.sharding import DENSE_MLP, TokenRows, exchange
+from cpbench.models.config import Experts
+from cpbench.sharding import DENSE_MLP, Spans, TokenRows, Unit, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
+
+INDEX_BYTES = 8
 
 
 def parameters(cell: Cell, layer: int) -> int:
     """Parameters of the feed-forward block of a layer on one rank."""
-    return 3 * cell.config.hidden * _columns(cell)
+    hidden, experts, layout = cell.config.hidden, cell.config.experts, cell.layout
+    if experts is None or not cell.config.is_sparse(layer):
+        return 3 * hidden * _columns(cell, cell.config.intermediate)
+    router = experts.count * hidden + (experts.count if experts.correction else 0)
+    routed = experts.count // layout.ep * (experts.intermediate // layout.moe_tp)
+    return router + 3 * hidden * (routed + _columns(cell, _shared(experts)))
 
 
 def flops(cell: Cell, step: TokenRows, place: Coordinates, layer: int) -> int:
     """Operations of the feed-forward block of a layer in one step."""
-    return 6 * _rows(cell, step, place) * cell.config.hidden * _columns(cell)
+    hidden, experts, rows = cell.config.hidden, cell.config.experts, _rows(cell, step, place)
+    if experts is None or not cell.config.is_sparse(layer):
+        return 6 * rows * hidden * _columns(cell, cell.config.intermediate)
+    router = 2 * unit_rows(_unit(cell, place), place, step) * hidden * experts.count
+    routed = 6 * _replica_rows(cell, step, place) * experts.top_k * hidden * (experts.intermediate // cell.layout.moe_tp) // cell.layout.ep
+    return router + routed + 6 * rows * hidden * _columns(cell, _shared(experts))
 
 
-def whole_flops(cell: Cell, tokens: int, layer: int) -> int:
-    """Operations of the feed-forward block of a layer on all ranks together that share these tokens."""
-    return 6 * tokens * cell.config.hidden * cell.config.intermediate
+def whole_flops(cell: Cell, rows: int, copies: int, layer: int) -> int:
+    """Operations of the feed-forward block of a layer on all ranks that have some rows; each token is on `copies` context-parallel ranks.
+
+    A token is routed by every rank of a unit. Of the copies of a token, a unit computes one.
+    """
+    hidden, experts = cell.config.hidden, cell.config.experts
+    if experts is None or not cell.config.is_sparse(layer):
+        return 6 * rows * hidden * cell.config.intermediate
+    unit = _unit(cell, cell.layout.coordinates(0))
+    seen = rows // min(copies, dict(unit.spans)["cp"])
+    routed = seen * hidden * (2 * unit.ranks * experts.count + 6 * experts.top_k * experts.intermediate)
+    return routed + 6 * rows * hidden * _shared(experts)
 
 
-def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int) -> Traffic:
-    """What the feed-forward block of a layer receives in one step."""
-    return block_traffic(cell, step, place, DENSE_MLP)
+def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int, travelled: int | None = None) -> Traffic:
+    """What the feed-forward block of a layer receives in one step. `travelled`: rows that came to a rank's experts, and back, from other ranks."""
+    experts = cell.config.experts
+    if experts is None or not cell.config.is_sparse(layer):
+        return block_traffic(cell, step, place, DENSE_MLP)
+    unit, mine, row = _unit(cell, place), step.rows[place.dp][place.cp], cell.config.hidden * cell.element_bytes
+    total = _surroundings(cell, step, place, unit.spans, tp=False)
+    if experts.shared:
+        total += _surroundings(cell, step, place, spans_of(cell.layout, DENSE_MLP), tp=False)
+    if unit.alltoall:
+        ep = cell.layout.ep
+        total.add("ep", "all_to_all", (ep - 1) * experts.count // ep * INDEX_BYTES)
+        total.add("ep", "all_to_all", row * (_expected(cell, step, place) if travelled is None else travelled), 2)
+    if mine and unit.share.size > 1 and unit.ranks == 1 and not experts.shared:
+        total.add("tp", "all_gather", (mine - len(unit.rows(mine))) * row)
+    elif mine and cell.layout.tp > 1:
+        total.add("tp", "all_reduce", 2 * mine * row * (cell.layout.tp - 1) // cell.layout.tp)
+    return total
 
 
 def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...]) -> Traffic:
     """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, and sums."""
+    return _surroundings(cell, step, place, spans_of(cell.layout, weights), tp=True)
+
+
+def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool) -> Traffic:
+    """Gathers and sums; `tp`: the last one, over tp, too."""
     mine, total = step.rows[place.dp][place.cp], Traffic()
     row = cell.config.hidden * cell.element_bytes
-    plan = exchange(cell.layout, place, step, weights)
+    plan = exchange_over(place, step, spans)
     for gather in plan.gathers:
-        own = gather.rows[getattr(place, gather.axis)]
+        own = gather.rows[getattr(place, gather.axis) % len(gather.rows)]
         total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * row)
         total.add(gather.axis, "reduce_scatter", own * (len(gather.rows) - 1) * row)
     for axis, size in plan.sums if mine else ():
-        total.add(axis, "all_reduce", 2 * mine * row * (size - 1) // size)
+        if tp or axis != "tp":
+            total.add(axis, "all_reduce", 2 * mine * row * (size - 1) // size)
     return total
 
 
 def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int) -> int:
     """Alive at the largest moment of the feed-forward block, beside the residual: gathering, computing, or scattering its sums."""
+    experts, size = cell.config.experts, cell.element_bytes
+    row, mine = cell.config.hidden * size, step.rows[place.dp][place.cp]
+    if experts is None or not cell.config.is_sparse(layer):
+        return _dense_bytes(cell, step, place, cell.config.intermediate)
+    unit, kept = _unit(cell, place), mine * row if experts.shared else 0
+    normed = mine * row if exchange(cell.layout, place, step, DENSE_MLP).gathers else 0
+    moments = [normed + _dense_bytes(cell, step, place, _shared(experts))] if experts.shared else []
+    moments += [kept + moment for moment in _around(cell, step, place, unit.spans)]
+    return max(*moments, kept + _routed_bytes(cell, step, place, unit, experts))
+
+
+def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, experts: Experts) -> int:
+    """Routing rows, computing their pairs with experts, and summing them: beside what a rank keeps for later."""
+    hidden, size = cell.config.hidden, cell.element_bytes
+    row, wide, narrow = hidden * size, max(size, 4), size < 4
+    rows, here = unit_rows(unit, place, step), experts.count // cell.layout.ep
+    pairs, asked = _replica_rows(cell, step, place) * experts.top_k // cell.layout.ep, rows * experts.top_k
+    index = asked * (wide + 3 * INDEX_BYTES)  # weights, experts, and the order of the pairs
+    scores = rows * experts.count * wide
+    route = (rows + experts.count) * hidden * wide * narrow + scores
+    choose = 3 * scores
+    columns = experts.intermediate // cell.layout.moe_tp
+    grouped = cell.device == "cuda" and cell.dtype == "bfloat16"
+    compute = index + pairs * row + (pairs if grouped else -(-pairs // here)) * (2 * columns * size + row)
+    moved = index + max(asked + pairs, 2 * pairs) * row if unit.alltoall else 0
+    summed = index + (asked if unit.alltoall else pairs) * row + rows * hidden * wide + rows * row
+    return rows * row + max(route, choose, compute, moved, summed)
+
+
+def _dense_bytes(cell: Cell, step: TokenRows, place: Coordinates, width: int) -> int:
+    """The largest moment of a dense block of some width."""
     row, rows = cell.config.hidden * cell.element_bytes, _rows(cell, step, place)
-    compute = rows * row + 2 * rows * _columns(cell) * cell.element_bytes
-    gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
-    moments, before = [compute], step.rows[place.dp][place.cp]
-    for gather in gathers:
+    compute = rows * row + 2 * rows * _columns(cell, width) * cell.element_bytes
+    return max(compute, *_around(cell, step, place, spans_of(cell.layout, DENSE_MLP)))
+
+
+def _around(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> list[int]:
+    """Moments of the gathers before a block and of the sums after it; of its own rows where there are none."""
+    row, before = cell.config.hidden * cell.element_bytes, step.rows[place.dp][place.cp]
+    moments = [before * row]
+    for gather in exchange_over(place, step, spans).gathers:
         moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
         moments.append((sum(gather.rows) + before * (1 + len(gather.rows))) * row)  # partial sums, what is received, its sum
         before = sum(gather.rows)
-    return max(moments)
+    return moments
 
 
-def _columns(cell: Cell) -> int:
-    """Columns of the block on one rank."""
-    return cell.config.intermediate // prod(cell.layout.size(axis) for axis in DENSE_MLP)
+def _shared(experts: Experts) -> int:
+    """Columns of all shared experts together."""
+    return experts.shared * experts.intermediate
+
+
+def _columns(cell: Cell, width: int) -> int:
+    """Columns of a dense block on one rank."""
+    return width // prod(cell.layout.size(axis) for axis in DENSE_MLP)
 
 
 def _rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
-    """Tokens that the block of a rank sees in a step: its own, or those gathered."""
+    """Tokens that a dense block of a rank sees in a step: its own, or those gathered."""
     gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
     return sum(gathers[-1].rows) if gathers else step.rows[place.dp][place.cp]
+
+
+def _unit(cell: Cell, place: Coordinates) -> Unit:
+    return unit_of(cell.layout, place, dispatch_of(cell.layout, cell.dispatch))
+
+
+def _unit_rows(cell: Cell, step: TokenRows, place: Coordinates) -> list[int]:
+    """Rows that each unit of a rank's expert-parallel group is asked for."""
+    layout, found = cell.layout, []
+    first = layout.rank_of(place.pp) + place.moe_dp * layout.ep * layout.moe_tp + place.moe_tp
+    for ep in range(layout.ep):
+        there = layout.coordinates(first + ep * layout.moe_tp)
+        found.append(unit_rows(_unit(cell, there), there, step))
+    return found
+
+
+def _replica_rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
+    """Rows that come to one copy of all experts: those of its only unit, or those that its units send each other."""
+    unit = _unit(cell, place)
+    return sum(_unit_rows(cell, step, place)) if unit.alltoall else unit_rows(unit, place, step)
+
+
+def _expected(cell: Cell, step: TokenRows, place: Coordinates) -> int:
+    """Rows that travel to a rank, to its experts and back, if all experts have equal loads."""
+    assert cell.config.experts is not None
+    rows, ep, top_k = _unit_rows(cell, step, place), cell.layout.ep, cell.config.experts.top_k
+    return top_k * (sum(rows) - rows[place.ep] + (ep - 1) * rows[place.ep]) // ep

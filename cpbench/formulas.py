@@ -6,7 +6,7 @@ around them costs. Pure numbers: nothing is run and torch is not imported. Tests
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cpbench import attention_block, feed_forward
@@ -16,6 +16,8 @@ from cpbench.layout import Coordinates
 from cpbench.sharding import ATTENTION, VOCABULARY, TokenRows
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import row_values
+
+Sent = Sequence[Sequence[Sequence[int]]]  # by rank, by step and sparse layer of its stage: rows that its routers sent to each expert-parallel rank
 
 
 def score_pairs(cell: Cell, rank: int) -> int:
@@ -50,32 +52,33 @@ def flops(cell: Cell) -> int:
     Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each. Rows that are opened
     on several ranks are counted once: for estimates.
     """
-    return sum(_flops_of_part(part.cell) for part in cell.parts)
+    return sum(_flops_of_part(part.cell, cell) for part in cell.parts)
 
 
-def _flops_of_part(cell: Cell) -> int:
+def _flops_of_part(cell: Cell, whole: Cell) -> int:
     config, layout = cell.config, cell.layout
     pairs = sum(n * prefix + n * (n + 1) // 2 for n, prefix in zip(cell.lengths, cell.prefixes, strict=True))
     copies, opened = layout.cp if cell.cp_off else 1, cell.tokens + sum(cell.prefixes)
     attention = copies * (attention_block.score_flops(cell, pairs * cell.heads) + attention_block.opening_flops(cell, opened, cell.heads))
     if cell.target == "attention":
         return attention * layout.tp
-    rows = cell.tokens * (layout.cp if cell.cp_off or cell.partition == "replicated" else 1)
+    held = layout.cp if cell.cp_off or cell.partition == "replicated" else 1
+    rows = cell.tokens * held
     projections = attention_block.projection_flops(cell, rows)
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
-    mlp = sum(feed_forward.whole_flops(cell, rows, layer) for layer in range(cell.layers))
+    mlp = sum(feed_forward.whole_flops(whole, rows, held, layer) for layer in range(cell.layers))
     return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
 
 
-def traffic(cell: Cell, rank: int) -> Traffic:
-    """What a global rank receives in one pass."""
+def traffic(cell: Cell, rank: int, sent: Sent | None = None) -> Traffic:
+    """What a global rank receives in one pass. Rows that travel to experts are as many as were `sent`, else as if all experts had equal loads."""
     place, layout, config = cell.layout.coordinates(rank), cell.layout, cell.config
     part, total = cell.parts[place.dp].cell, Traffic()
     for index, rows in enumerate(cell.token_rows):
         if index < len(part.steps):
             total += _attention_traffic(part.steps[index], place.cp).times(1 if cell.target == "attention" else len(cell.stage_layers(place.pp)))
         if cell.target != "attention":
-            total += _decoder_traffic(cell, rows, place)
+            total += _decoder_traffic(cell, rows, place, travelled(cell, rank, index, sent))
     if cell.target == "prefill" and place.pp == layout.pp - 1 and part.steps:
         batch = len(part.lengths)
         if layout.cp > 1 and not part.steps[-1].split.replicated:
@@ -89,13 +92,32 @@ def _attention_traffic(step: Cell, cp_rank: int) -> Traffic:
     return STRATEGIES[step.strategy].traffic(step, cp_rank)
 
 
-def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates) -> Traffic:
+def sparse_layers(cell: Cell, place: Coordinates) -> list[int]:
+    """The layers of a stage that have experts."""
+    return [layer for layer in cell.stage_layers(place.pp) if cell.config.is_sparse(layer)]
+
+
+def travelled(cell: Cell, rank: int, index: int, sent: Sent | None) -> dict[int, int]:
+    """By layer: rows that came to a rank's experts from others in a step, and that came back to it."""
+    if sent is None:
+        return {}
+    place = cell.layout.coordinates(rank)
+    layers = sparse_layers(cell, place)
+    peers = next(ranks for ranks in cell.layout.groups("ep") if rank in ranks)
+    found = {}
+    for number, layer in enumerate(layers, index * len(layers)):
+        came = sum(sent[peer][number][place.ep] for peer in peers if peer != rank)
+        found[layer] = came + sum(rows for ep, rows in enumerate(sent[rank][number]) if ep != place.ep)
+    return found
+
+
+def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates, travelled: dict[int, int]) -> Traffic:
     """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
     layers, mine, total = cell.stage_layers(place.pp), step.rows[place.dp][place.cp], Traffic()
     if mine:
         total += feed_forward.block_traffic(cell, step, place, ATTENTION).times(len(layers))
     for layer in layers:
-        total += feed_forward.traffic(cell, step, place, layer)
+        total += feed_forward.traffic(cell, step, place, layer, travelled.get(layer))
     if cell.target == "prefill" and mine:
         if place.pp == 0:
             total += feed_forward.block_traffic(cell, step, place, VOCABULARY)

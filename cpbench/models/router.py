@@ -125,7 +125,7 @@ def best(scores_nE: Tensor, count: int) -> Tensor:
 
 def group_scores(ranked_nE: Tensor, experts: Experts) -> Tensor:
     """Of every group [n, G]: its best score, and with a correction bias the sum of its two best."""
-    ranked_nGe = ranked_nE.view(len(ranked_nE), experts.groups, -1)
+    ranked_nGe = ranked_nE.view(len(ranked_nE), experts.groups, experts.count // experts.groups)
     return ranked_nGe.topk(min(2, ranked_nGe.shape[2]), 2).values.sum(2) if experts.correction else ranked_nGe.amax(2)
 
 
