@@ -1,4 +1,4 @@
-"""Checkpoints that transformers has saved: the same logits and first tokens as its models, and a refusal by name of everything else."""
+"""Checkpoints: slices of their tensors, what names them, and a refusal by name of everything that is not the model."""
 
 import json
 import struct
@@ -10,80 +10,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
-from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
-from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import BLOCK, INDEX, SCALE, SINGLE, Checkpoint
 from cpbench.models.decoder import Slice
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
-from cpbench.models.weights import CheckpointWeights, RandomWeights, token_ids
+from cpbench.models.weights import CheckpointWeights, RandomWeights
 from cpbench.numerics import small_cell
 from cpbench.plan import make_plan
 from cpbench.program import Models
 from cpbench.scenario import parse_scenario, resolve
+from tests.unit.test_saved_models import saved
 
 transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
 CPU = torch.device("cpu")
-LENGTHS = (37, 61, 5)
-SMALL = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-ODD = {"vocab_size": 250, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6}
-ONE_KV = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 84, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 1}
-MODELS = {  # family, sizes, largest file
-    "llama": ("Llama", SMALL | {"head_dim": 16, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "1GB"),
-    "llama-tied": ("Llama", ODD | {"head_dim": 12, "tie_word_embeddings": True}, "60KB"),
-    "qwen2": ("Qwen2", ODD | {"tie_word_embeddings": False}, "60KB"),
-    "qwen2-tied": ("Qwen2", SMALL | {"tie_word_embeddings": True}, "1GB"),
-    "qwen3": ("Qwen3", SMALL | {"head_dim": 24, "tie_word_embeddings": False}, "100KB"),
-    "qwen3-tied": ("Qwen3", ONE_KV | {"head_dim": 10, "tie_word_embeddings": True}, "1GB"),
-}
-LAYOUTS = [
-    ("cp1", "none", "contiguous"),
-    ("tp2", "none", "contiguous"),
-    ("cp2", "allgather", "zigzag"),
-    ("cp2", "ring", "zigzag"),
-    ("cp2", "ulysses", "contiguous"),
-    ("pp2", "none", "contiguous"),
-    ("dp2", "none", "contiguous"),
-    ("cp2tp2", "ring", "zigzag"),
-]
-
-
-def saved(name, folder):
-    """A random model of a family, its norms and biases not at their defaults, saved as transformers does."""
-    family, sizes, largest = MODELS[name]
-    torch.manual_seed(len(name))
-    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name or "bias" in parameter_name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            else:
-                parameter.mul_(3)
-    model.save_pretrained(folder, max_shard_size=largest)
-    return model
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """name -> (folder, logits of the last tokens by transformers), made on first use."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp(name)
-            model = saved(name, folder)
-            ids = token_ids(3, LENGTHS, model.config.vocab_size)
-            with torch.no_grad():
-                made[name] = folder, torch.stack([model(part[None]).logits[0, -1] for part in ids.split(list(LENGTHS))])
-        return made[name]
-
-    return get
 
 
 @pytest.fixture
@@ -91,33 +34,6 @@ def folder(tmp_path):
     """A checkpoint in one file that a test may spoil."""
     saved("qwen3-tied", tmp_path)
     return tmp_path
-
-
-def answer_of(folder, config, layout, strategy, partition):
-    """The prefill of every layer on all ranks of a layout, as threads."""
-    name, world = Checkpoint.open(folder).name, LocalWorld(Layout.parse(layout).world_size, 60)
-    cell = Cell("prefill", config, config.layers, Layout.parse(layout), strategy, partition, "cpu_flash", "float32", "cpu", LENGTHS, seed=3, weights=name)
-    return world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), load_kernel("cpu_flash"), CPU, Models(str(folder))))[0][-1]
-
-
-@pytest.mark.parametrize(("layout", "strategy", "partition"), LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
-def test_a_saved_model_gives_the_logits_and_first_tokens_of_transformers(checkpoints, name, layout, strategy, partition):
-    folder, expected = checkpoints(name)
-    config = from_hugging_face(folder)
-    Checkpoint.open(folder).require(config, config.layers)
-    answer = answer_of(folder, config, layout, strategy, partition)
-    assert float((answer.logits - expected).norm() / expected.norm()) < 2e-5
-    assert list(answer.first_tokens) == expected.argmax(1).tolist()
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_parameters_of_a_model_are_those_that_transformers_saves(checkpoints, name):
-    folder, _ = checkpoints(name)
-    config = from_hugging_face(folder)
-    stored = {name: entry.shape for name, entry in Checkpoint.open(folder).tensors.items()}
-    assert stored == dict(parameters(config, config.layers))
-    assert (len({entry.file for entry in Checkpoint.open(folder).tensors.values()}) > 1) == (MODELS[name][2] != "1GB")
 
 
 def test_every_slice_is_that_of_the_whole_tensor_and_a_copy(folder):
