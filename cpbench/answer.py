@@ -15,12 +15,23 @@ from cpbench.cell import Cell
 from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
+from cpbench.formulas import Sent
 from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES, INNER_AXES
 from cpbench.program import Models, Output, Program
+from cpbench.routed import sent_rows, shared_loads, used_experts
 
 OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "send_recv")  # all that a Group can do
-COUNTED = tuple(product((*AXES, *INNER_AXES, "world"), OPERATIONS))
+COUNTED = tuple(product((*AXES, *INNER_AXES, "ep", "world"), OPERATIONS))
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the routers chose: the experts [layers, N, K] of each token, for how many tokens ranks disagree, and rows sent between ranks."""
+
+    experts_LNK: Tensor
+    disagreed: int
+    sent: Sent
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Answer:
     received: tuple[Traffic, ...]
     logits: Tensor | None = None
     first_tokens: tuple[int, ...] = ()
+    routed: Routed | None = None
 
 
 def solve(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> list[Answer]:
@@ -51,13 +63,17 @@ def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, mo
     program.keeps_rows = True
     program.prepare()
     groups.recorder.reset()
+    if cell.has_experts:
+        program.log.watch(detailed=True)
     output = program.run()
     received = _share(groups.recorder.reset(), groups)
+    notes = program.log.stop()
+    routed = Routed(*used_experts(cell, notes, groups, device), sent_rows(cell, shared_loads(cell, notes, groups))) if cell.has_experts else None
     copies, lost = _collect(output.rows.flatten(1), program.tokens, cell, groups)
     prefill = cell.target == "prefill"
     logits, first = (_collect_logits(output, cell, groups), first_tokens(output, cell, groups)) if prefill else (None, [])
     groups.recorder.reset()
-    return Answer(cell, copies, lost, received, logits, tuple(token for token, _ in first))
+    return Answer(cell, copies, lost, received, logits, tuple(token for token, _ in first), routed)
 
 
 def first_tokens(output: Output, cell: Cell, groups: Groups) -> list[tuple[int, float]]:

@@ -182,6 +182,11 @@ class Cell:
         return range(*cut(self.layers, self.layout.pp)[stage])
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a layer that runs is a mixture of experts."""
+        return self.target != "attention" and self.config.is_sparse(self.layers - 1)
+
+    @property
     def paged(self) -> bool:
         """Whether K and V live in pages: where tokens are cached already, where chunks will be, or where it is asked for."""
         return any(self.prefixes) or self.chunk is not None or self.page_size is not None

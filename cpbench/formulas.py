@@ -146,7 +146,8 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
         latent = config.latent.kv_rank * cell.heads * (config.latent.nope_dim + config.latent.v_dim) if config.latent else 0
         return fixed + attention + (inputs + latent) * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
-    moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer) for index in chosen for layer in layers))
+    kinds = {config.is_sparse(layer): layer for layer in layers}.values()
+    moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer) for index in chosen for layer in kinds))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
     angles = largest * config.rotary_dim * 4  # cos and sin in fp32, half a head each
     return fixed + moment + weights_bytes(cell, rank) + hidden + angles

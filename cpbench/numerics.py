@@ -149,7 +149,8 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
     reason = _unusable(answer)
     if reason:
         return replace(verdict, passed=False, reason=_joined(reason, differs))
-    truth, yardstick = one_device.truth(cell), one_device.yardstick(cell, kernel)
+    used = answer.routed.experts_LNK if answer.routed else None
+    truth, yardstick = one_device.truth(cell, used), one_device.yardstick(cell, kernel, used)
     errors = {rank: relative_rmse(rows, truth.rows) for rank, rows in answer.copies.items()}
     worst = max(errors, key=lambda rank: errors[rank])
     rounding = max(relative_rmse(yardstick.rows, truth.rows), torch.finfo(torch.float64).eps)
@@ -160,8 +161,8 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
     elif ratio > MAX_RATIO if narrow else error > MAX_FP32_RMSE:
         bound = f"more than {MAX_RATIO}" if narrow else f"and above {MAX_FP32_RMSE:g}"
         reason = f"relative RMSE {error:.2e} is {ratio:.3g} times that of one device, {bound}{_where(answer, errors, truth.rows)}"
-    elif answer.logits is not None:
-        reason = _wrong_token(answer, truth, yardstick)
+    else:
+        reason = _wrong_experts(answer, truth, yardstick) or (None if answer.logits is None else _wrong_token(answer, truth, yardstick))
     return replace(
         verdict,
         passed=not (reason or differs),
@@ -182,7 +183,8 @@ def relative_rmse(rows: Tensor, truth: Tensor) -> float:
 
 def _collectives(answer: Answer) -> Counted:
     """Of the first rank that differs from its formula, else of the one that receives most."""
-    counted = [Counted(rank, received, traffic(answer.cell, rank)) for rank, received in enumerate(answer.received)]
+    sent = answer.routed.sent if answer.routed else None
+    counted = [Counted(rank, received, traffic(answer.cell, rank, sent)) for rank, received in enumerate(answer.received)]
     return next((count for count in counted if count.difference), max(counted, key=lambda count: count.received.bytes))
 
 
@@ -224,6 +226,27 @@ def _wrong_token(answer: Answer, truth: Solution, yardstick: Solution) -> str | 
         if token != right and margin > MAX_MARGIN * rounding:
             return f"the first token of sequence {sequence} is {token}, not {right}, which leads by {margin:.2e}; one device is off by {rounding:.1e}"
     return None
+
+
+def _wrong_experts(answer: Answer, truth: Solution, yardstick: Solution) -> str | None:
+    """A choice of experts that rounding does not excuse: those of fp64 lead by more than that.
+
+    A score that is off in its last bit can flip a choice, and the answer with it. So the experts that the ranks used are used on one device
+    too, and what is left to judge are the choices: another one is right where scores, each off as on one device, can turn the lead around.
+    """
+    if answer.routed is None or truth.choices is None or yardstick.choices is None:
+        return None
+    if answer.routed.disagreed:
+        return f"ranks choose different experts for {answer.routed.disagreed} tokens"
+    right, used = truth.choices.experts_LNK, answer.routed.experts_LNK
+    rounding = _max_error(yardstick.choices.scores_LNE, truth.choices.scores_LNE)
+    leads = torch.where((right != used).any(2), truth.choices.margins_LN, 0.0)
+    layer, token = divmod(int(leads.argmax()), leads.shape[1])
+    lead = float(leads[layer, token])
+    if lead <= MAX_MARGIN * rounding:
+        return None
+    which = f"token {token} has the experts {used[layer, token].tolist()} in layer {layer}, not {right[layer, token].tolist()}"
+    return f"{which}, which lead by {lead:.2e}; scores of one device are off by {rounding:.1e}"
 
 
 def _where(answer: Answer, errors: dict[int, float], truth: Tensor) -> str:

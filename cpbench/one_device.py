@@ -18,7 +18,9 @@ from cpbench.kernels import load_kernel
 from cpbench.kernels.accumulate import Accumulator
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
+from cpbench.models.router import RoutingLog
 from cpbench.program import Program, alone, run_locally
+from cpbench.routed import Choices, choices_of
 from cpbench.segments import causal_segments, place
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import cached_rows, laid_out, row_index
@@ -34,6 +36,7 @@ class Solution:
     logits: Tensor | None = None
     tokens: tuple[int, ...] = ()
     margins: tuple[float, ...] = ()
+    choices: Choices | None = None  # of the routers, whatever experts were used
 
 
 class OneDevice:
@@ -43,15 +46,16 @@ class OneDevice:
         self.device = device
         self._kept: dict[tuple[object, ...], Solution] = {}
 
-    def truth(self, cell: Cell) -> Solution:
-        """The cell in fp64 on one rank, from the values that the cell's dtype can hold."""
+    def truth(self, cell: Cell, experts_LNK: Tensor | None = None) -> Solution:
+        """The cell in fp64 on one rank, from the values that the cell's dtype can hold, with these experts instead of its own."""
         single, rounded_to = _single(cell, Layout(), "float64"), getattr(torch, cell.dtype)
-        return self._get((single, cell.dtype), lambda: _solve(single, load_kernel("reference"), self.device, rounded_to))
+        key = single, cell.dtype, _bytes(experts_LNK)
+        return self._get(key, lambda: _solve(single, load_kernel("reference"), self.device, rounded_to, experts_LNK))
 
-    def yardstick(self, cell: Cell, kernel: Kernel) -> Solution:
-        """The cell in its dtype with its partial sums."""
+    def yardstick(self, cell: Cell, kernel: Kernel, experts_LNK: Tensor | None = None) -> Solution:
+        """The cell in its dtype with its partial sums, with these experts instead of its own."""
         single = _single(cell, Layout(dp=cell.layout.dp, tp=cell.layout.tp), cell.dtype)
-        return self._get((single, kernel.name), lambda: _solve(single, kernel, self.device, None))
+        return self._get((single, kernel.name, _bytes(experts_LNK)), lambda: _solve(single, kernel, self.device, None, experts_LNK))
 
     def own_tokens_only(self, cell: Cell) -> Tensor:
         """In fp64: the attention [N, M] in which every context-parallel rank sees its own tokens and what it has cached, in packed order."""
@@ -84,21 +88,27 @@ class OneDevice:
 
 def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
     """The cell without context parallelism, and without what changes where K and V lie but no value."""
-    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, mla="expanded")
+    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, mla="expanded", dispatch=None)
     return replace(plain, layout=layout, strategy="none", partition="contiguous", dtype=dtype)
 
 
-def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None) -> Solution:
+def _bytes(experts_LNK: Tensor | None) -> bytes:
+    return b"" if experts_LNK is None else experts_LNK.cpu().numpy().tobytes()
+
+
+def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None, experts_LNK: Tensor | None) -> Solution:
     """All ranks of a layout without context parallelism and stages, put together: tokens and sequences by DP group, heads and logits by TP rank."""
-    answers, layout = run_locally(cell, kernel, device, rounded_to), cell.layout
+    log = RoutingLog(forced_LNK=experts_LNK) if cell.has_experts else None
+    answers, layout = run_locally(cell, kernel, device, rounded_to, log), cell.layout
     shards = [[answers[layout.rank_of(dp=dp, tp=tp)][1] for tp in range(layout.tp)] for dp in range(layout.dp)]
     order = torch.cat([answers[layout.rank_of(dp=dp)][0] for dp in range(layout.dp)]).argsort()
+    choices = choices_of(cell, log.notes) if log else None
     parts = [[output.rows.flatten(1) for output in group] for group in shards]
     rows = torch.cat([torch.cat(group, 1) if cell.target == "attention" else group[0] for group in parts])[order]
     firsts = [[output.first for output in group if output.first is not None] for group in shards]
     if not any(firsts):
-        return Solution(rows)
+        return Solution(rows, choices=choices)
     sequences = [sequence for part in cell.parts for sequence in part.sequences]
     logits = torch.cat([torch.cat([shard.logits_BV for shard in group], 1) for group in firsts if group])
     first = sorted((s, t, m) for s, (t, m) in zip(sequences, (pair for g in firsts if g for pair in zip(g[0].tokens, g[0].margins, strict=True)), strict=True))
-    return Solution(rows, logits[torch.tensor(sequences).argsort()], tuple(token for _, token, _ in first), tuple(margin for _, _, margin in first))
+    return Solution(rows, logits[torch.tensor(sequences).argsort()], tuple(token for _, token, _ in first), tuple(margin for _, _, margin in first), choices)

@@ -188,7 +188,7 @@ class Program:
     def _to_experts(self, index: int) -> tuple[Unit, Routing] | tuple[()]:
         """Which ranks see the same tokens at the experts in a step, and what the routers need there; nothing where there are no experts."""
         cell, steps = self.cell, self.cell.token_rows
-        if cell.config.experts is None or cell.target == "attention":
+        if not cell.has_experts:
             return ()
         unit, seen = unit_of(cell.layout, self.place, dispatch_of(cell.layout, cell.dispatch)), []
         for dp, cp in unit_places(unit, self.place, steps[index]):
@@ -329,14 +329,21 @@ def alone() -> Groups:
     return local_groups(Layout(), LocalWorld(1), 0)
 
 
-def run_locally(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None) -> list[tuple[Tensor, Output]]:
-    """Every rank's (token indices, output), all ranks as threads of this process."""
+def run_locally(
+    cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None, log: RoutingLog | None = None
+) -> list[tuple[Tensor, Output]]:
+    """Every rank's (token indices, output), all ranks as threads of this process. `log` forces experts, and gets what the routers noted."""
     world = LocalWorld(cell.world_size)
 
     def rank_program(rank: int) -> Any:
         program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to=rounded_to)
         program.keeps_rows = True
         program.prepare()
-        return program.tokens, program.run()
+        if log is not None:
+            program.log.watch(detailed=True, forced_LNK=log.forced_LNK)
+        output = program.run()
+        if log is not None:
+            log.notes += program.log.notes
+        return program.tokens, output
 
     return world.run(rank_program)

@@ -55,6 +55,15 @@ class RoutingLog:
     forced_LNK: Tensor | None = None
     notes: list[Note] = field(default_factory=list)
 
+    def watch(self, *, detailed: bool = False, forced_LNK: Tensor | None = None) -> None:
+        """Note the choices of the next pass."""
+        self.watching, self.detailed, self.forced_LNK, self.notes = True, detailed, forced_LNK, []
+
+    def stop(self) -> list[Note]:
+        """Note no more. Returns what was noted."""
+        self.watching = False
+        return self.notes
+
 
 @dataclass(frozen=True)
 class Routing:
