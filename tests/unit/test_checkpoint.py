@@ -62,12 +62,11 @@ def test_weights_are_equal_where_their_values_are(folder):
     assert one == other and hash(one) == hash(other)
     assert one != replace(other, dtype=torch.bfloat16)
     tensors = load_file(folder / SINGLE)
+    save_file(tensors, folder / SINGLE)
     name = Checkpoint.open(folder).name
     assert name.startswith(f"{folder.name}@") and str(folder.parent) not in name
-    first = min(tensors)
-    save_file(tensors | {first: tensors[first] + 1}, folder / SINGLE)
-    changed = Checkpoint.open(folder)
-    assert changed.name != name and len(changed.name) == len(name)
+    save_file(tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1}, folder / SINGLE)
+    assert Checkpoint.open(folder).name != name, "the same header, but other values"
 
 
 def test_blocks_of_fp8_are_scaled_slice_by_slice(tmp_path):
@@ -240,9 +239,18 @@ def test_a_tensor_in_two_files_needs_an_index(folder):
     (folder / SINGLE).rename(folder / "a.safetensors")
     save_file({"model.norm.weight": torch.zeros(64)}, folder / "b.safetensors")
     refused(folder, r"Tensor model\.norm\.weight is in a\.safetensors and in b\.safetensors")
-    names = Checkpoint.open  # with an index, the file that it names holds the tensor
-    (folder / INDEX).write_text(json.dumps({"weight_map": {name: "a.safetensors" for name, _ in parameters(from_hugging_face(folder), 2)}}))
-    assert names(folder).tensors["model.norm.weight"].file == "a.safetensors"
+    placed = {name: "a.safetensors" for name, _ in parameters(from_hugging_face(folder), 2)} | {"extra": "b.safetensors"}
+    save_file({"model.norm.weight": torch.zeros(64), "extra": torch.zeros(1)}, folder / "b.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": placed}))
+    assert {name: stored.file for name, stored in Checkpoint.open(folder).tensors.items()} == placed
+
+
+def test_headers_and_indexes_have_a_size_limit(folder, monkeypatch):
+    monkeypatch.setattr("cpbench.models.checkpoint.MAX_JSON_BYTES", 200)
+    refused(folder, "its header claims")
+    (folder / SINGLE).rename(folder / "a.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "a.safetensors"}, "metadata": " " * 200}))
+    refused(folder, "larger than 200 bytes")
 
 
 def test_decoders_of_a_checkpoint_are_kept_and_one_that_has_changed_is_not_read(folder):

@@ -164,6 +164,11 @@ def test_fields_that_newer_transformers_writes_mean_the_same(tmp_path):
     assert read(tmp_path / "q", QWEN3_MOE | {"mlp_only_layers": [1, 0]}).experts.first == 2
 
 
+def test_groups_of_experts_count_only_where_the_router_looks_at_them(tmp_path):
+    experts = [read(tmp_path, V2 | {"topk_method": method}).experts for method in ("greedy", "group_limited_greedy")]
+    assert [(found.groups, found.top_groups) for found in experts] == [(1, 1), (8, 3)]
+
+
 def test_yarn_without_mscale_scales_cos_and_sin_and_not_the_softmax(tmp_path):
     """As transformers reads the configs of Qwen: amplitude 0.1 ln(factor) + 1."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
