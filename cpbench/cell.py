@@ -33,6 +33,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "head_groups": 1,
     "mla": "expanded",
     "weights": None,
+    "prompt": None,
 }
 DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None}
 
@@ -99,6 +100,7 @@ class Cell:
     head_groups: int = 1
     mla: str = "expanded"  # latent attention: K and V of every head, or absorbed: queries and outputs in the latent's width
     weights: str | None = None  # the name of a checkpoint, which says what and not where; None: random ones
+    prompt: str | None = None  # the name of the text that the tokens are from; None: random tokens
     router: str = TRAINED  # experts.py: which experts tokens get
     dispatch: str | None = None  # how tokens reach them: alltoall or gather; None: what the layout allows (sharding.py)
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell

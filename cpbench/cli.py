@@ -108,6 +108,7 @@ def sweep(
     chunk: options.CHUNK = None,
     layers: options.LAYERS = None,
     weights: options.WEIGHTS = None,
+    prompt: options.PROMPT = None,
     dtype: options.DTYPE = None,
     seed: options.SEED = None,
     threads: options.THREADS = None,
@@ -129,7 +130,7 @@ def sweep(
     axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "strategies": strategy}
     axes |= {"cp": cp, "tp": tp, "dp": dp, "pp": pp, "ep": ep, "layouts": layouts, "gpus": gpus}
     fields: dict[str, Any] = {"partition": partition, "model": model, "target": target, "chunk": chunk, "layers": layers, "dtype": dtype, "seed": seed}
-    fields |= {"weights": weights, "threads": threads, "rounds": rounds, "pair": pair or None}
+    fields |= {"weights": weights, "prompt": prompt, "threads": threads, "rounds": rounds, "pair": pair or None}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
     given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}

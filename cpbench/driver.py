@@ -28,6 +28,7 @@ from cpbench.journal import Journal
 from cpbench.launch import Launcher, Torchrun
 from cpbench.pace import Pace
 from cpbench.plan import Plan, PlannedCell
+from cpbench.prompt import read_prompt, token_text
 from cpbench.records import compare_tokens, merge_record, not_measured, rounds_done, token_reference
 from cpbench.results import CellResult, Failure, ResultFile, Run
 from cpbench.scenario import Scenario
@@ -208,6 +209,7 @@ class _Sweep:
             timing=self.scenario.timing.model_dump(),
             cell_timeout=self.scenario.limits.cell_timeout,
             weights=str(Path(self.scenario.weights).resolve()) if self.scenario.weights else None,
+            prompt=tuple(read_prompt(self.scenario.weights, self.scenario.prompt)) if self.scenario.weights and self.scenario.prompt else None,
             cells=tuple(JobCell(self.index[p.cell.id], p.cell, rounds_done(self.results.get(p.cell.id)) == 0) for p in cells),
         )
 
@@ -232,6 +234,8 @@ class _Sweep:
 
     def _record(self, cell: Cell, record: dict[str, Any]) -> None:
         previous = self.results.get(cell.id)
+        for first in record.get("first_tokens") or [] if cell.prompt else []:
+            first["text"] = token_text(self.scenario.weights or "", first["token"])
         try:
             result = merge_record(cell, previous, record)
         except CpbenchError as error:

@@ -49,6 +49,7 @@ class Job:
     cell_timeout: float
     cells: tuple[JobCell, ...]
     weights: str | None = None  # the folder of the checkpoint that cells name
+    prompt: tuple[int, ...] | None = None  # the tokens of the prompt that cells name
 
     def to_dict(self, events: Path) -> dict[str, Any]:
         cells = [{"index": c.index, "cell": c.cell.to_dict(), "verify": c.verify} for c in self.cells]

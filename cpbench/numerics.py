@@ -92,7 +92,7 @@ def small_cell(cell: Cell) -> Cell:
     """The same layout and rules on short sequences: long enough that every block has rows, uneven where the cell is.
 
     The shortest sequence is among them, because it may switch context parallelism off. Prefixes stay, and so does chunking. Weights are
-    random ones, because those of a checkpoint do not fit a reduced width.
+    random ones, because those of a checkpoint do not fit a reduced width, and so are tokens.
     """
     cp, pp = cell.layout.cp, cell.layout.pp
     shortest = min(range(len(cell.lengths)), key=lambda index: cell.lengths[index])
@@ -112,6 +112,7 @@ def small_cell(cell: Cell) -> Cell:
         chunk=chunk,
         cache_tokens=capacity,
         weights=None,
+        prompt=None,
     )
 
 

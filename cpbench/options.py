@@ -64,6 +64,7 @@ PARTITION = _rare("--partition", "NAME", "Which tokens a rank holds (cpbench lis
 CHUNK = _rare("--chunk", "TOKENS", "Prefill in chunks of so many new tokens of each sequence. Default: all at once.")
 LAYERS = _rare("--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU, 4 on CUDA.")
 WEIGHTS = _rare("--weights", "DIR", "A Hugging Face checkpoint instead of random weights: config.json and *.safetensors.")
+PROMPT = _rare("--prompt", "FILE", "A text as the input, in the tokens of the tokenizer.json of --weights.")
 DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
 SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
 THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
@@ -74,9 +75,9 @@ RESUME = _flag(_CONTINUE, "--resume", "Continue the newest unfinished result, or
 RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,crash,... Default: interrupted.")
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
 MORE = (
-    "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), "
-    "--pair (lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --weights DIR (a checkpoint), --dtype NAME, --seed N, --threads N, "
-    "--budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
+    "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
+    "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
+    "NAME, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
 )
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[

@@ -26,6 +26,7 @@ from cpbench.layout import Layout
 from cpbench.models.checkpoint import Checkpoint
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import load_config
+from cpbench.prompt import prompt_name, read_prompt
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
 from cpbench.strategies import STRATEGIES
 
@@ -90,8 +91,8 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
     plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
-    weights = _weights(scenario, config)
-    cells = _distinct(replace(cell, weights=weights) for cell in cells_of(scenario, config))
+    weights, prompt = _weights(scenario, config), _prompt(scenario, config)
+    cells = _distinct(replace(cell, weights=weights, prompt=prompt) for cell in cells_of(scenario, config))
     _refuse_left_out(scenario, cells, plan.left_out)
     _require_partition(scenario, cells)
     ordered = sorted(cells, key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
@@ -107,6 +108,17 @@ def _weights(scenario: Scenario, config: ModelConfig) -> str | None:
     checkpoint = Checkpoint.open(scenario.weights)
     checkpoint.require(config, scenario.layers or 1)
     return checkpoint.name
+
+
+def _prompt(scenario: Scenario, config: ModelConfig) -> str | None:
+    """The name of the prompt, if there is one. Raises CpbenchError where its tokens are not those of the model."""
+    if not scenario.prompt or not scenario.weights:
+        return None
+    ids = read_prompt(scenario.weights, scenario.prompt)
+    if max(ids) >= config.vocab:
+        hint = "Give the tokenizer.json that belongs to these weights."
+        raise CpbenchError(f"tokenizer.json makes token {max(ids)} of the prompt; {config.name} has {config.vocab:,}.", hint)
+    return prompt_name(ids)
 
 
 def _distinct(cells: Iterable[Cell]) -> list[Cell]:

@@ -52,11 +52,12 @@ class Output:
 class Models:
     """The decoders of a process, so that cells that differ in strategy or length only make their weights once.
 
-    At most two are held: the one that is measured and the small one that proves numerics. `folder`: of the checkpoint that cells name.
+    At most two are held: the one that is measured and the small one that proves numerics. `folder`: of the checkpoint that cells name, `prompt`:
+    the tokens of the text that they name.
     """
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | None = None, prompt: Sequence[int] | None = None) -> None:
+        self.folder, self.prompt = folder, prompt
         self._opened: Checkpoint | None = None
         self._decoders: dict[tuple[object, ...], Decoder] = {}
 
@@ -71,6 +72,10 @@ class Models:
             decoder = Decoder(cell.config, weights, part)
         self._decoders[key] = decoder
         return decoder
+
+    def token_ids(self, cell: Cell) -> Tensor:
+        """Of the packed batch [N], the same on every rank."""
+        return token_ids(cell.seed, cell.lengths, cell.config.vocab) if cell.prompt is None else torch.tensor(self.prompt)
 
     def _checkpoint(self, name: str, random: RandomWeights) -> CheckpointWeights:
         """The weights of a checkpoint, in the dtype and on the device of random ones. Raises RuntimeError where it has changed since the start."""
@@ -206,7 +211,7 @@ class Program:
         self.parameters = self.decoder.parameters()
         positions = [step.positions for step in self.steps]
         if cell.target == "prefill":
-            ids = token_ids(cell.seed, cell.lengths, cell.config.vocab).to(self.device)[self.tokens]
+            ids = self.models.token_ids(cell).to(self.device)[self.tokens]
             self.inputs = [ids, *positions]
             return lambda: self._prefill(ids), lambda: None
         hidden = torch.empty(len(self.tokens), cell.config.hidden, dtype=self.dtype, device=self.device)

@@ -81,6 +81,7 @@ class FirstToken(_Model):
 
     token: int
     margin: float
+    text: str | None = Field(None, description="the token as text, where the input was a prompt")
 
 
 class Failure(_Model):

@@ -96,6 +96,7 @@ class Scenario(_Model):
     target: Literal["prefill", "layer", "attention"] = Field("prefill", description="prefill: time to first token; layer: one decoder layer; attention alone")
     model: str | None = Field(None, description="a preset (cpbench list models) or the path of a Hugging Face config.json")
     weights: str | None = Field(None, description="a folder with config.json and *.safetensors, instead of a model with random weights")
+    prompt: str | None = Field(None, description="a text file as the one sequence of the batch, in the tokens of the weights' tokenizer.json")
     layers: Whole | None = Field(None, ge=1, description="decoder layers to run, at most those of the model")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -133,6 +134,11 @@ class Scenario(_Model):
             refuse("model and weights both say which model to measure.", f"Leave model out: the config.json in {self.weights} says it.")
         if self.weights and self.target == "attention":
             refuse("Target 'attention' has no weights to read.", "Leave weights out, or use --target prefill.")
+        if self.prompt and (not self.weights or self.target != "prefill"):
+            refuse("prompt is for a prefill with the weights of a checkpoint.", "Add --weights DIR, or leave prompt out.")
+        said = next((name for name in BATCH_DEFAULTS if self.prompt and getattr(self, name) is not None), None)
+        if said:
+            refuse(f"{said} and prompt both describe the batch.", f"Leave {said} out: the prompt is one sequence of its own length.")
         clash = next((name for name in BATCH_DEFAULTS if getattr(self, name) is not None), None)
         if self.batches and clash:
             refuse(f"{clash} and batches (--lengths) both describe batches.", f"Leave {clash} out, or use seq, batch and prefix alone.")
@@ -218,6 +224,8 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
         raise CpbenchError("This machine has no CUDA device that PyTorch can use.", "Use --set device=cpu, or see cpbench doctor.")
     if scenario.weights:
         scenario = scenario.model_copy(update={"model": f"{scenario.weights}/config.json"})
+    if scenario.prompt and scenario.weights:
+        scenario = scenario.model_copy(update={"batches": [_prompt_batch(scenario.prompt, scenario.weights, scenario.batches)]})
     filled: dict[str, Any] = {"device": device}
     notes = [] if scenario.device == device else [f"device {device}"]
     degrees = {} if scenario.layouts or scenario.gpus else DEGREE_DEFAULTS
@@ -240,6 +248,17 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
         seconds = format_seconds(timing.max_seconds)
         notes.append(f"{timing.min_samples} to {timing.max_samples} timed passes, {seconds} per cell unless {timing.min_samples} take longer (default)")
     return result, notes
+
+
+def _prompt_batch(file: str, folder: str, batches: list[BatchFields] | None) -> BatchFields:
+    """The batch that is a prompt; a scenario that was resolved has it already."""
+    from cpbench.prompt import read_prompt
+
+    batch = BatchFields(lengths=[len(read_prompt(folder, file))])
+    if batches not in (None, [batch]):
+        hint = "Leave --lengths out: the prompt is one sequence of its own length."
+        raise CpbenchError(f"batches (--lengths) and the prompt of {batch.lengths[0]:,} tokens both describe the batch.", hint)
+    return batch
 
 
 def json_schema() -> dict[str, Any]:

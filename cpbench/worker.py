@@ -55,7 +55,7 @@ class Job:
     @classmethod
     def read(cls, path: str) -> Job:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(data, int(os.environ["RANK"]), Models(data.get("weights")))
+        return cls(data, int(os.environ["RANK"]), Models(data.get("weights"), data.get("prompt")))
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append an event, on the first rank only."""

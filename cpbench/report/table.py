@@ -6,6 +6,7 @@ one is printed as it is, without markup and without control characters.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -165,10 +166,23 @@ def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Itera
         on = f"the {cores} cores" if cores else "the cores"
         yield f"{OVERSUBSCRIBED}: oversubscribed, more threads than cores. Efficiency compares with what {on} could do, not the ranks."
     yield from (f"{number}: {text}" for number, text in enumerate(notes.texts, 1))
+    yield from _continuations(groups)
     for group in groups:
         for row in group.rows:
             if row.cell.status != "ok":
                 yield f"{row_label(row, group)}: {row.cell.status}: {row.cell.reason or 'no reason recorded'}"
+
+
+def _continuations(groups: Iterable[Group]) -> Iterator[str]:
+    """The first tokens of prompts, each with the rows that found it."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        for row in group.rows:
+            for first in row.cell.first_tokens:
+                if first.text is not None:
+                    found.setdefault(f"{json.dumps(first.text, ensure_ascii=False)} (token {first.token})", []).append(row_label(row, group))
+    for text, rows in found.items():
+        yield f"The prompt goes on with {text}" + (f": {', '.join(rows)}." if len(found) > 1 else ".")
 
 
 def row_label(row: Row, group: Group) -> str:

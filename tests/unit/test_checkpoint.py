@@ -283,6 +283,10 @@ def test_a_cell_says_which_weights_and_not_where_they_lie(folder):
     [
         ({"model": "qwen3-tiny"}, "model and weights both say"),
         ({"target": "attention"}, "has no weights to read"),
+        ({"prompt": "p.txt"}, "seq and prompt both describe the batch"),
+        ({"prompt": "p.txt", "weights": None, "seq": None}, "prompt is for a prefill with the weights of a checkpoint"),
+        ({"prompt": "p.txt", "seq": None}, "p.txt cannot be read: No such file"),
+        ({"prompt": __file__, "seq": None}, "holds no tokenizer.json"),
         ({"layers": 3}, "has 2 layers, not 3"),
         ({"weights": "nowhere"}, "nowhere/config.json cannot be read"),
         ({"weights": "qwen3-tiny"}, "qwen3-tiny/config.json cannot be read"),
