@@ -92,7 +92,7 @@ def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans,
     return total
 
 
-def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int) -> int:
+def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pairs: int | None = None) -> int:
     """Alive at the largest moment of the feed-forward block, beside the residual: gathering, computing, or scattering its sums."""
     experts, size = cell.config.experts, cell.element_bytes
     row, mine = cell.config.hidden * size, step.rows[place.dp][place.cp]
@@ -102,15 +102,18 @@ def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int) -> i
     normed = mine * row if exchange(cell.layout, place, step, DENSE_MLP).gathers else 0
     moments = [normed + _dense_bytes(cell, step, place, _shared(experts))] if experts.shared else []
     moments += [kept + moment for moment in _around(cell, step, place, unit.spans)]
-    return max(*moments, kept + _routed_bytes(cell, step, place, unit, experts))
+    return max(*moments, kept + _routed_bytes(cell, step, place, unit, pairs))
 
 
-def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, experts: Experts) -> int:
+def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, pairs: int | None) -> int:
     """Routing rows, computing their pairs with experts, and summing them: beside what a rank keeps for later."""
+    experts = cell.config.experts
+    assert experts is not None
     hidden, size = cell.config.hidden, cell.element_bytes
     row, wide, narrow = hidden * size, max(size, 4), size < 4
     rows, here = unit_rows(unit, place, step), experts.count // cell.layout.ep
-    pairs, asked = _replica_rows(cell, step, place) * experts.top_k // cell.layout.ep, rows * experts.top_k
+    pairs = _replica_rows(cell, step, place) * experts.top_k // cell.layout.ep if pairs is None else pairs
+    asked = rows * experts.top_k
     index = asked * (wide + 3 * INDEX_BYTES)  # weights, experts, and the order of the pairs
     scores = rows * experts.count * wide
     route = (rows + experts.count) * hidden * wide * narrow + scores

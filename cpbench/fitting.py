@@ -1,8 +1,8 @@
 """Which layouts a model and a batch fit on: why a cell's layout does not fit, and the nearest one that does.
 
 An axis cannot have more ranks than there is to divide: layers over pipeline stages, heads and columns over tensor-parallel ranks, new
-tokens over context-parallel ones. Attention-DP groups without a sequence are idle, which is no error. What one strategy needs beside this
-is in its `check`, and what the sizes of a layout must multiply to in layout.py.
+tokens over context-parallel ones, experts and their columns over expert axes. Attention-DP groups without a sequence are idle, which is no
+error. What one strategy needs beside this is in its `check`, and what the sizes of a layout must multiply to in layout.py.
 """
 
 from __future__ import annotations
@@ -10,23 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from math import log2
 
 from cpbench.batch import spread
 from cpbench.cell import Cell
+from cpbench.experts import ALLTOALL
 from cpbench.layout import MAX_RANKS, Layout, divisors
 from cpbench.models.config import ModelConfig
+from cpbench.sharding import dispatch_of, unit_reach
 from cpbench.strategies import STRATEGIES
 
 
 def has_experts(config: ModelConfig) -> bool:
-    """Whether a model has experts that a layout can divide. Every architecture that config.py reads is dense."""
-    return False
+    """Whether a model has experts that a layout can divide."""
+    return config.experts is not None
 
 
 def layout_reason(cell: Cell) -> str | None:
     """Why the model or the batch does not divide as the layout says, with the nearest layout on which they do; None where they do."""
     layout, config = cell.layout, cell.config
-    what = undivided(config, cell.target, layout.dp, layout.tp)
+    if cell.dispatch == ALLTOALL and cell.has_experts and layout.ep == 1:
+        return "dispatch=alltoall sends rows to experts on other ranks, and ep=1 has none; the nearest valid value is dispatch=gather"
+    what = undivided(config, cell.target, layout.dp, layout.tp) or (experts_undivided(config, layout, cell.dispatch) if cell.has_experts else None)
     if what is None and layout.pp > cell.layers:
         layers = f"layer of {config.name} that runs" if cell.layers == 1 else f"layers of {config.name} that run"
         what = f"pp={layout.pp} is above the {cell.layers} {layers}"
@@ -60,9 +65,30 @@ def undivided(config: ModelConfig, target: str, dp: int, tp: int) -> str | None:
         what = f"{config.kv_heads} kv heads"
     elif target == "prefill" and config.vocab % tp:
         what = f"{config.vocab} vocabulary rows"
-    elif target != "attention" and config.intermediate % (dp * tp):
-        what, over = f"{config.intermediate} FFN columns", " x ".join(f"{name}={size}" for name, size in (("dp", dp), ("tp", tp)) if size > 1)
+    elif target != "attention" and (columns := next((width for width in _widths(config) if width % (dp * tp)), None)):
+        what, over = f"{columns} FFN columns", " x ".join(f"{name}={size}" for name, size in (("dp", dp), ("tp", tp)) if size > 1)
     return what and f"{what} of {config.name} do not divide over {over}"
+
+
+def _widths(config: ModelConfig) -> list[int]:
+    """Columns of what is cut as the dense block is: dense layers, and shared experts."""
+    shared = [config.experts.shared * config.experts.intermediate] if config.experts and config.experts.shared else []
+    return shared if config.is_sparse(0) else [config.intermediate, *shared]
+
+
+def experts_undivided(config: ModelConfig, layout: Layout, dispatch: str | None) -> str | None:
+    """What of the experts does not divide over the expert axes, or why rows cannot reach them; None if all does."""
+    experts = config.experts
+    assert experts is not None
+    if experts.count % layout.ep:
+        return f"{experts.count} experts of {config.name} do not divide over ep={layout.ep}"
+    if experts.intermediate % layout.moe_tp:
+        return f"{experts.intermediate} columns of an expert of {config.name} do not divide over /tp={layout.moe_tp}"
+    way = dispatch_of(layout, dispatch)
+    if unit_reach(layout, way) is None:
+        ranks = layout.moe_tp * (1 if way == ALLTOALL else layout.ep)
+        return f"{ranks} ranks of {layout} must see the same tokens at the experts, and are no whole attention groups nor a part of one"
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +105,18 @@ def _nearest(cell: Cell) -> Layout:
     wider = layout.cp * layout.pp // pp
     degrees = [wider] if wider <= tokens and not layout.pp % pp else []
     found = (Layout(pp, dp, cp, tp, u) for cp in [*degrees, *range(min(layout.cp, tokens), 0, -1)] for u in _hybrids(layout.ulysses, cp))
-    return next(fitting for fitting in found if _runs(cell, fitting))
+    nearest = next(fitting for fitting in found if _runs(cell, fitting))
+    return _nearest_experts(cell, nearest) if cell.has_experts else nearest
+
+
+def _nearest_experts(cell: Cell, layout: Layout) -> Layout:
+    """The layout with the nearest expert axes that fit. A copy of all experts on every rank always does."""
+    size, asked = layout.stage_size, (cell.layout.moe_dp, cell.layout.ep, cell.layout.moe_tp)
+    splits = [(moe_dp, ep, size // moe_dp // ep) for moe_dp in divisors(size) for ep in divisors(size // moe_dp)]
+    splits.sort(key=lambda split: (sum(abs(log2(mine / theirs)) for mine, theirs in zip(split, asked, strict=True)), split))
+    dispatch = None if cell.dispatch == ALLTOALL else cell.dispatch
+    divided = (replace(layout, moe_dp=moe_dp, ep=ep, moe_tp=moe_tp) for moe_dp, ep, moe_tp in splits)
+    return next(fitting for fitting in divided if experts_undivided(cell.config, fitting, dispatch) is None)
 
 
 def _nearest_divided(config: ModelConfig, target: str, layout: Layout) -> tuple[int, int]:

@@ -126,10 +126,11 @@ def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates, travelled:
     return total
 
 
-def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
+def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | None = None) -> int:
     """Peak of live tensors on a global rank: weights, kept K/V, reused buffers, and the largest moment of a layer in any step.
 
-    With `steps`, only those of the cell's are looked at: an estimate where there are hundreds.
+    With `steps`, only those of the cell's are looked at: an estimate where there are hundreds. `pairs`: rows that the experts of the rank compute
+    in the layer and step where they are most; None: as if all experts had equal loads.
     """
     place, config, size = cell.layout.coordinates(rank), cell.config, cell.element_bytes
     part, layers = cell.parts[place.dp].cell, cell.stage_layers(place.pp)
@@ -147,7 +148,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = ()) -> int:
         return fixed + attention + (inputs + latent) * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
     kinds = {config.is_sparse(layer): layer for layer in layers}.values()
-    moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer) for index in chosen for layer in kinds))
+    moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer, pairs) for index in chosen for layer in kinds))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
     angles = largest * config.rotary_dim * 4  # cos and sin in fp32, half a head each
     return fixed + moment + weights_bytes(cell, rank) + hidden + angles

@@ -318,6 +318,11 @@ class Program:
                 self.steps[index] = replace(step, attention=replace(step.attention, context=context))
 
     def tensors(self) -> list[tuple[str, Tensor]]:
+    def watch_routers(self) -> None:
+        """Note how many rows each expert gets in the next pass."""
+        if self.cell.has_experts:
+            self.log.watch()
+
         """(category, tensor) of everything that is held between passes."""
         held = [*self.buffers.tensors(), *self.cache.tensors()]
         held += [("weights", tensor) for tensor in self.parameters]

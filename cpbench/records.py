@@ -61,6 +61,7 @@ def _merged(cell: Cell, previous: CellResult | None, record: dict[str, Any]) -> 
         memory=_larger(previous.memory if previous else None, record.get("memory")),
         ranks=[RankRecord.model_validate(rank) for rank in record.get("ranks", [])],
         traffic=record.get("traffic") or {},
+        experts=record.get("experts") or {},
         clocks=record.get("clocks") or {},
         numerics=numerics,
         first_tokens=[FirstToken.model_validate(token) for token in record.get("first_tokens") or []],

@@ -110,6 +110,9 @@ class CellResult(_Model):
     memory: Memory | None = None
     ranks: list[RankRecord] = Field(default_factory=list)
     traffic: dict[str, Any] = Field(default_factory=dict, description="predicted and recorded, of the rank that receives most")
+    experts: dict[str, Any] = Field(
+        default_factory=dict, description="of a model with experts: rows of each expert and rank in a pass, and the worst imbalance"
+    )
     clocks: dict[str, Any] = Field(default_factory=dict)
     numerics: Numerics | None = None
     first_tokens: list[FirstToken] = Field(default_factory=list)

@@ -29,7 +29,7 @@ from cpbench.distributed.collectives import start_process_groups, stop_process_g
 from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.distributed.observe import OPERATIONS, Observation
 from cpbench.distributed.traffic import Traffic
-from cpbench.formulas import flops_of_rank, live_bytes, new_rows, score_pairs, traffic
+from cpbench.formulas import Sent, flops_of_rank, live_bytes, new_rows, score_pairs, traffic
 from cpbench.kernels import load_kernel, pick_kernel
 from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES
@@ -38,6 +38,7 @@ from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.numerics import check
 from cpbench.program import Models, Output, Program
+from cpbench.routed import expert_loads, most_pairs, sent_rows, shared_loads
 from cpbench.strategies import STRATEGIES
 
 PEAKS = ("peak_live_bytes", "peak_allocator_bytes", "peak_reserved_bytes", "peak_rss_bytes")
@@ -144,10 +145,12 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
     if cell.device != "cpu":  # on CPU nothing is compiled or tuned on the first call, and a pass at full length is not spent on it
         record["first_call_s"] = max(one_pass(program.run, program.prepare, device, groups.world))
     last: list[Output] = []
+    program.watch_routers()  # in the first timed pass: the memory pass skips attention on CPU, and routers see what it leaves
 
     def run() -> None:
         last.clear()  # the output of the pass before is not alive during this one
         last.append(program.run())
+        program.log.stop()
 
     samples = sample(
         run,
@@ -157,6 +160,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         groups.world,
         lambda n, seconds: job.emit("sample", index=index, n=n, seconds=seconds),
     )
+    record["experts"] = expert_loads(cell, shared_loads(cell, program.log.notes, groups))
     return record | _timed(samples, last[0], cell, groups) | {"ranks": _ranks(cell, samples, record.pop("live"))}
 
 
@@ -170,9 +174,12 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
         program.run()
         program.prepare()
     groups.recorder.reset()
+    program.watch_routers()
     with groups.recorder.observing() as seen:
         peaks = measure_peaks(program.run, device, program.tensors)
-    received, predicted = groups.recorder.reset(), traffic(cell, groups.rank)
+    loads = shared_loads(cell, program.log.stop(), groups)
+    received, sent = groups.recorder.reset(), sent_rows(cell, loads)
+    predicted = traffic(cell, groups.rank, sent)
     program.set_kernel(kernel)
     everyone = groups.world.share([float(peaks.get(name, -1)) for name in PEAKS])
     live = [int(row[0]) for row in everyone]
@@ -180,15 +187,15 @@ def _memory_pass(program: Program, kernel: Kernel, cell: Cell, groups: Groups, d
     memory: dict[str, Any] = {name: (max(int(row[column]) for row in everyone) if everyone[0][column] >= 0 else None) for column, name in enumerate(PEAKS)}
     categories = groups.world.share([float(peaks["by_category"].get(name, 0)) for name in ALL_CATEGORIES])[highest]
     by_category = {name: int(size) for name, size in zip(ALL_CATEGORIES, categories, strict=True) if size}
-    memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest), "by_category": by_category}
-    result = {"memory": memory, "live": live, "traffic": _traffic(cell, received, seen, groups)}
+    memory |= {"rank": highest, "predicted_live_bytes": live_bytes(cell, highest, pairs=most_pairs(cell, loads, highest)), "by_category": by_category}
+    result = {"memory": memory, "live": live, "traffic": _traffic(cell, received, sent, seen, groups)}
     wrong = [rank for rank, (equal,) in enumerate(groups.world.share([float(received == predicted)])) if not equal]
     if wrong:
         result |= {"status": "wrong", "reason": f"traffic of rank {wrong[0]} differs from its formula at full size"}
     return result
 
 
-def _traffic(cell: Cell, received: Traffic, seen: Observation, groups: Groups) -> dict[str, Any]:
+def _traffic(cell: Cell, received: Traffic, sent: Sent, seen: Observation, groups: Groups) -> dict[str, Any]:
     """What was counted on the rank that receives most, next to what the formula says for it, and what a library was observed to receive.
 
     `source` says what the sum rests on: `recorded` by our own groups; `observed` in part; `unknown` if a library communicates and what
@@ -196,7 +203,7 @@ def _traffic(cell: Cell, received: Traffic, seen: Observation, groups: Groups) -
     """
     totals = [bytes_ for (bytes_,) in groups.world.share([float(received.bytes + seen.traffic.bytes)])]
     most = totals.index(max(totals))
-    predicted = traffic(cell, most)
+    predicted = traffic(cell, most, sent)
     recorded = _of_rank(most, received, sorted(predicted.counts), groups)
     record = {"rank": most, "predicted": predicted.to_dict(), "recorded": recorded.to_dict(), "source": "recorded"}
     total = recorded

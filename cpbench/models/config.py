@@ -121,11 +121,21 @@ class ModelConfig:
 
     def reduced(self) -> ModelConfig:
         """The same heads and rules with a narrow width and two layers at most: what numerics are checked on where the model is wide."""
-        return replace(self, hidden=min(self.hidden, 256), layers=min(self.layers, 2), intermediate=min(self.intermediate, 512), vocab=min(self.vocab, 8192))
+        smaller = replace(self, hidden=min(self.hidden, 256), layers=min(self.layers, 2), intermediate=min(self.intermediate, 512), vocab=min(self.vocab, 8192))
+        if self.experts is None:
+            return smaller
+        width = self.experts.intermediate
+        while width >= 256 and width % 32 == 0:
+            width //= 2
+        return replace(smaller, experts=replace(self.experts, intermediate=width, first=min(self.experts.first, 1)))
 
     def layer_parameters(self) -> int:
-        """Parameters of one decoder layer."""
+        """Parameters of one decoder layer, with experts where the model has them."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         bias = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        return attention + bias + norms + 3 * self.hidden * self.intermediate
+        experts = self.experts
+        if experts is None:
+            return attention + bias + norms + 3 * self.hidden * self.intermediate
+        router = experts.count * (self.hidden + experts.correction)
+        return attention + bias + norms + router + 3 * self.hidden * experts.intermediate * (experts.count + experts.shared)

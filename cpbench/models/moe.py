@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cpbench.communicator import Communicator
+from cpbench.communicator import Communicator, Dispatch
 from cpbench.models.config import ModelConfig
 from cpbench.models.mlp import DenseMLP, activated
 from cpbench.models.router import Choice, Router
@@ -77,16 +77,19 @@ class SparseMLP:
         """Sums [u, M] over all experts, each computed where it is."""
         sorted_P, loads = _by_expert(choice.experts_nK, self.count)
         dispatch = communicator.dispatch(loads)
-        x_RM = dispatch.to_experts(x_uM[sorted_P // choice.experts_nK.shape[1]])
-        experts_R = torch.arange(len(self.mine), device=x_uM.device).repeat(len(dispatch.received)).repeat_interleave(dispatch.counts.flatten())
-        order_R = experts_R.argsort(stable=True)  # from (sender, expert) to (expert, sender)
+        out_PM = dispatch.back(self._visited(dispatch.to_experts(x_uM[sorted_P // choice.experts_nK.shape[1]]), dispatch))
+        return _summed(out_PM, _places(sorted_P, choice.experts_nK), choice.weights_nK, x_uM)
+
+    def _visited(self, x_RM: Tensor, dispatch: Dispatch) -> Tensor:
+        """The experts here on rows [R, M] that came by sender and expert; in the same order."""
+        experts_R = torch.arange(len(self.mine), device=x_RM.device).repeat(len(dispatch.received)).repeat_interleave(dispatch.counts.flatten())
+        order_R = experts_R.argsort(stable=True)
         x_RM = x_RM[order_R]
         out_RM = self._compute(x_RM, dispatch.counts.sum(0).tolist())
         del x_RM
         back_RM = torch.empty_like(out_RM)
         back_RM[order_R] = out_RM
-        del out_RM
-        return _summed(dispatch.back(back_RM), _places(sorted_P, choice.experts_nK), choice.weights_nK, x_uM)
+        return back_RM
 
     def _compute(self, x_PM: Tensor, counts: list[int]) -> Tensor:
         """Every expert on its rows, which lie one after the other; may overwrite them."""

@@ -82,7 +82,8 @@ def test_logits_and_first_tokens_are_those_of_hugging_face(oracle, layout, strat
 def test_presets_have_the_published_parameter_counts():
     """Totals of the model cards, in billions."""
     published = {"qwen3-0.6b": 0.596, "qwen3-8b": 8.19, "qwen3-32b": 32.8, "qwen2.5-7b": 7.62, "llama3-8b": 8.03, "llama3-70b": 70.6}
-    assert set(published) | {"qwen3-tiny"} == set(PRESETS)
+    published |= {"qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
+    assert set(published) | {"qwen3-tiny", "qwen3-moe-tiny"} == set(PRESETS)
     for name, billions in published.items():
         config = PRESETS[name]
         ends = config.hidden * (1 + config.vocab * (1 if config.tied_embeddings else 2))

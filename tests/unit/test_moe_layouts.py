@@ -14,10 +14,11 @@ from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout, all_layouts
+from cpbench.measure.memory import LiveTensors
 from cpbench.models.config import Experts, ModelConfig
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
-from cpbench.program import Models
+from cpbench.program import Models, Program
 from cpbench.sharding import TokenRows, unit_of, unit_places, unit_reach
 
 CPU = torch.device("cpu")
@@ -170,3 +171,27 @@ def test_operations_of_all_ranks_are_those_of_the_cell(config):
             for lengths in ((64, 32, 128, 32, 64, 96, 16, 80), (3, 256)):
                 cell = cell_of(layout, config, lengths=lengths, dispatch=dispatch)
                 assert formulas.flops(cell) == pytest.approx(sum(formulas.flops_of_rank(cell, rank) for rank in range(ranks)), rel=1e-3), cell.id
+
+
+@pytest.mark.parametrize("name", ["cp1", "cp2/ep2", "cp4/ep4", "cp4/dp2ep2", "dp2cp2/ep4"])
+@pytest.mark.parametrize("dispatch", ["gather", "alltoall"])
+@pytest.mark.parametrize("config", [QWEN3, V3], ids=["qwen3", "v3"])
+def test_live_bytes_are_those_of_the_formula(name, dispatch, config):
+    """Without tensor-parallel ranks: the local backend needs memory for a sum that process groups do not."""
+    layout = Layout.parse(name)
+    config = replace(config, hidden=256, heads=8, head_dim=32, experts=replace(config.experts, intermediate=128))
+    cell = cell_of(layout, config, lengths=(2048, 2048), dispatch=dispatch if layout.ep > 1 else None, router="uniform")
+    world = LocalWorld(layout.world_size, 60)
+
+    def peak(rank: int) -> int:
+        program = Program(cell, local_groups(layout, world, rank), load_kernel("cpu_flash"), CPU)
+        program.run()  # buffers grow
+        if rank:
+            program.run()
+            return 0
+        tracker = LiveTensors(CPU, program.tensors)
+        with tracker:
+            program.run()
+        return tracker.peak
+
+    assert world.run(peak)[0] == pytest.approx(formulas.live_bytes(cell, 0), rel=0.05)
