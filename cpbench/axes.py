@@ -16,6 +16,7 @@ from typing import Any
 from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.errors import CpbenchError
+from cpbench.experts import TRAINED
 from cpbench.fitting import has_experts
 from cpbench.layout import MAX_RANKS, Layout, all_layouts, divisors, nearest_divisor
 from cpbench.models.config import ModelConfig
@@ -41,6 +42,7 @@ class LeftOut:
 def cells_of(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
     """The cells of a resolved scenario; with cp=1 there is one strategy, `none`. Raises CpbenchError for a hybrid that no layout has room for."""
     _require_room(scenario)
+    _require_experts(scenario, config)
     for batch, layout in _combinations(scenario, config):
         if isinstance(layout, LeftOut):
             continue
@@ -64,6 +66,8 @@ def cells_of(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
                 page_size=scenario.page_size,
                 cache_tokens=scenario.cache_tokens,
                 head_groups=scenario.head_groups if strategy == GROUPED else 1,
+                router=scenario.router,
+                dispatch=scenario.dispatch,
                 mla=scenario.mla if config.latent else "expanded",
             )
 
@@ -178,6 +182,13 @@ def _algorithms(scenario: Scenario, config: ModelConfig, layout: Layout) -> Iter
             yield replace(layout, ulysses=degree), HYBRID
         elif degrees[0] * degrees[1] == layout.cp:
             yield replace(layout, ulysses=degrees[0]), HYBRID
+
+
+def _require_experts(scenario: Scenario, config: ModelConfig) -> None:
+    """Raise for a router or a way to the experts where the model has none."""
+    for name, value, default in (("router", scenario.router, TRAINED), ("dispatch", scenario.dispatch, None)):
+        if value != default and not has_experts(config):
+            raise CpbenchError(f"{name}={value} is for models with experts, which {config.name} is not.", f"Leave {name} out, or use --model qwen3-moe-tiny.")
 
 
 def _require_room(scenario: Scenario) -> None:

@@ -113,7 +113,8 @@ def _nearest_experts(cell: Cell, layout: Layout) -> Layout:
     """The layout with the nearest expert axes that fit. A copy of all experts on every rank always does."""
     size, asked = layout.stage_size, (cell.layout.moe_dp, cell.layout.ep, cell.layout.moe_tp)
     splits = [(moe_dp, ep, size // moe_dp // ep) for moe_dp in divisors(size) for ep in divisors(size // moe_dp)]
-    splits.sort(key=lambda split: (sum(abs(log2(mine / theirs)) for mine, theirs in zip(split, asked, strict=True)), split))
+    doublings = {split: [abs(log2(mine / theirs)) for mine, theirs in zip(split, asked, strict=True)] for split in splits}
+    splits.sort(key=lambda split: (sum(doublings[split]), doublings[split][1], split))  # of equally near ones that which keeps ep
     dispatch = None if cell.dispatch == ALLTOALL else cell.dispatch
     divided = (replace(layout, moe_dp=moe_dp, ep=ep, moe_tp=moe_tp) for moe_dp, ep, moe_tp in splits)
     return next(fitting for fitting in divided if experts_undivided(cell.config, fitting, dispatch) is None)

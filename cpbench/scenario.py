@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from cpbench.batch import Batch
 from cpbench.defaults import check_names, echo_sizes, expand_strategies, fit_layers, fit_pages
 from cpbench.errors import CpbenchError, unknown
+from cpbench.experts import TRAINED, RouterRule
 from cpbench.fields import LIST, MAX_BATCH, BatchSize, Cached, Degree, LayoutName, Ratio, Seconds, Tokens, Whole, group_of_fields, readable, refuse
 from cpbench.units import format_count, format_seconds
 
@@ -122,6 +123,8 @@ class Scenario(_Model):
     cache_tokens: Tokens | None = Field(None, description="capacity of the paged K/V cache of a rank in tokens; null: what the batch needs")
     head_groups: Whole = Field(1, ge=1, description="allgather: collectives per layer, each for a group of kv heads that hides behind the one before")
     mla: Literal["expanded", "absorbed"] = Field("expanded", description="latent attention: K and V of every head, or in the latent's width")
+    router: str = Field(TRAINED, description="of models with experts: trained (the model's own), uniform, or zipf:1.2 for skewed load")
+    dispatch: Literal["alltoall", "gather"] | None = Field(None, description="how rows reach experts; null: alltoall where the layout allows it")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")
@@ -150,6 +153,7 @@ class Scenario(_Model):
         if self.pair and len(set(several.values())) > 1:
             sizes = ", ".join(f"{name} has {size} values" for name, size in several.items())
             refuse(f"Lists of different lengths do not pair up: {sizes}.", f"Give each {max(several.values())} values, or one that holds for all.")
+        RouterRule.parse(self.router)
         if self.chunk and self.kv_cache == "drop":
             refuse("chunk needs the K/V cache: each chunk reads what the ones before it left.", "Set kv_cache=keep, or leave chunk out.")
         return self

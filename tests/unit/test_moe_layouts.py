@@ -12,6 +12,7 @@ from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
+from cpbench.fitting import layout_reason
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout, all_layouts
 from cpbench.measure.memory import LiveTensors
@@ -195,3 +196,21 @@ def test_live_bytes_are_those_of_the_formula(name, dispatch, config):
         return tracker.peak
 
     assert world.run(peak)[0] == pytest.approx(formulas.live_bytes(cell, 0), rel=0.05)
+
+
+def test_what_does_not_divide_names_the_nearest_layout():
+    def reason(name: str, config: ModelConfig = QWEN3, **fields) -> str | None:
+        return layout_reason(cell_of(Layout.parse(name), config, lengths=(128,), **fields))
+
+    assert reason("cp8/ep8") is None and reason("cp4tp2/ep4tp2") is None
+    assert reason("cp3/ep3") == "8 experts of qwen3 do not divide over ep=3; the nearest valid layout is cp3/dp3"
+    assert reason("cp3") == "64 columns of an expert of qwen3 do not divide over /tp=3; the nearest valid layout is cp3/dp3"
+    assert reason("tp8/ep2tp4", replace(V3, experts=replace(V3_EXPERTS, intermediate=36))) == (
+        "36 FFN columns of v3 do not divide over tp=8; the nearest valid layout is tp4/ep2tp2"
+    )
+    straddling = reason("cp3tp2/dp2ep3", replace(QWEN3, experts=replace(QWEN3.experts, count=12)), dispatch="gather")
+    assert straddling is not None and "3 ranks of cp3tp2/dp2ep3 must see the same tokens" in straddling
+    nearest = Layout.parse(straddling.rpartition(" ")[2])
+    assert unit_reach(nearest, "gather") is not None and nearest.world_size == 6
+    assert reason("cp2", dispatch="alltoall").endswith("the nearest valid value is dispatch=gather")
+    assert layout_reason(replace(cell_of(Layout.parse("cp3"), QWEN3), target="attention")) is None
