@@ -39,8 +39,11 @@ class LeftOut:
     nearest: Layout
 
 
-def cells_of(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
-    """The cells of a resolved scenario; with cp=1 there is one strategy, `none`. Raises CpbenchError for a hybrid that no layout has room for."""
+def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None, prompt: str | None = None) -> Iterator[Cell]:
+    """The cells of a resolved scenario; with cp=1 there is one strategy, `none`. Raises CpbenchError for a hybrid that no layout has room for.
+
+    `weights` and `prompt` are the names of a checkpoint and of a text.
+    """
     _require_room(scenario)
     _require_experts(scenario, config)
     for batch, layout in _combinations(scenario, config):
@@ -69,6 +72,8 @@ def cells_of(scenario: Scenario, config: ModelConfig) -> Iterator[Cell]:
                 router=scenario.router,
                 dispatch=scenario.dispatch,
                 mla=scenario.mla if config.latent else "expanded",
+                weights=weights,
+                prompt=prompt,
             )
 
 

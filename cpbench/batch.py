@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from cpbench.errors import CpbenchError
@@ -74,7 +75,8 @@ def _extremes(values: Sequence[int]) -> str:
     return "-".join(format_count(value) for value in sorted({min(values), max(values)}))
 
 
-def spread(lengths: Sequence[int], groups: int) -> tuple[tuple[int, ...], ...]:
+@lru_cache(maxsize=4096)
+def spread(lengths: tuple[int, ...], groups: int) -> tuple[tuple[int, ...], ...]:
     """Which sequences each of `groups` gets, in the order of the batch: the longest is given away first, always to the group with fewest tokens."""
     loads = [0] * groups
     shares: list[list[int]] = [[] for _ in range(groups)]

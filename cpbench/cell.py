@@ -7,6 +7,7 @@ sequences and are cells too; strategies only ever see those. Whether a cell can 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -124,13 +125,14 @@ class Cell:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """What each attention-DP group runs: its sequences, the longest given away first, on the layout of one group of one stage."""
-        layout = replace(self.layout, pp=1, dp=1, moe_dp=1, ep=1, moe_tp=0)
-        if layout == self.layout:
+        whole = self.layout
+        if whole.pp == whole.dp == 1 and not whole.divides_experts:
             return (Part(self, tuple(range(len(self.lengths)))),)
+        layout = Layout(cp=whole.cp, tp=whole.tp, ulysses=whole.ulysses)
         shares = spread(self.lengths, self.layout.dp)
-        chosen = [tuple(tuple(values[s] for s in sequences) for values in (self.lengths, self.prefixes)) for sequences in shares]
-        cells = [replace(self, layout=layout, lengths=lengths, prefixes=prefixes) for lengths, prefixes in chosen]
-        return tuple(Part(cell, sequences) for cell, sequences in zip(cells, shares, strict=True))
+        batches = [tuple(tuple(values[s] for s in sequences) for values in (self.lengths, self.prefixes)) for sequences in shares]
+        cells = {batch: replace(self, layout=layout, lengths=batch[0], prefixes=batch[1]) for batch in dict.fromkeys(batches)}
+        return tuple(Part(cells[batch], sequences) for batch, sequences in zip(batches, shares, strict=True))
 
     @cached_property
     def split(self) -> Split:
@@ -169,11 +171,22 @@ class Cell:
         return tuple(steps)
 
     @cached_property
+    def distinct_parts(self) -> tuple[tuple[Cell, int], ...]:
+        """The different cells of the parts, and how many groups run each."""
+        counts = Counter(id(part.cell) for part in self.parts)  # parts with one batch share their cell
+        return tuple((cell, counts[key]) for key, cell in {id(part.cell): part.cell for part in self.parts}.items())
+
+    @cached_property
+    def step_count(self) -> int:
+        """Steps of a pass: those of the part that has most."""
+        return max(len(part.steps) for part, _ in self.distinct_parts)
+
+    @cached_property
     def token_rows(self) -> tuple[TokenRows, ...]:
         """Of every step of a pass: how many tokens each rank of a stage holds. Groups that have fewer steps than others are idle at the end."""
         steps = [part.cell.steps for part in self.parts]
         found = []
-        for index in range(max(map(len, steps))):
+        for index in range(self.step_count):
             splits = [mine[index].split if index < len(mine) else None for mine in steps]
             rows = tuple(tuple(split.rows(rank) if split else 0 for rank in range(self.layout.cp)) for split in splits)
             found.append(TokenRows(rows, tuple(split is not None and split.replicated for split in splits)))

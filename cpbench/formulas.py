@@ -52,7 +52,7 @@ def flops(cell: Cell) -> int:
     Every score pair of a head is computed on one rank, by all strategies; where context parallelism is off, on each. Rows that are opened
     on several ranks are counted once: for estimates.
     """
-    return sum(_flops_of_part(part.cell, cell) for part in cell.parts)
+    return sum(_flops_of_part(part, cell) * groups for part, groups in cell.distinct_parts)
 
 
 def _flops_of_part(cell: Cell, whole: Cell) -> int:
@@ -66,7 +66,7 @@ def _flops_of_part(cell: Cell, whole: Cell) -> int:
     rows = cell.tokens * held
     projections = attention_block.projection_flops(cell, rows)
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
-    mlp = sum(feed_forward.whole_flops(whole, rows, held, layer) for layer in range(cell.layers))
+    mlp = sum(count * feed_forward.whole_flops(whole, rows, held, layer) for layer, count in config.kinds(range(cell.layers)).items())
     return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
 
 
@@ -134,7 +134,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | No
     """
     place, config, size = cell.layout.coordinates(rank), cell.config, cell.element_bytes
     part, layers = cell.parts[place.dp].cell, cell.stage_layers(place.pp)
-    chosen = sorted(steps) or range(len(cell.token_rows))
+    chosen = sorted(steps) or range(cell.step_count)
     costs = [_step_bytes(part.steps[index], place.cp) for index in chosen if index < len(part.steps)] or [_StepBytes(0, (), 0)]
     copies = 1 if cell.target == "attention" or cell.kv_cache == "drop" else len(layers)
     kept = pool_bytes(part, place.cp) if part.paged and part.steps else max(cost.kept for cost in costs)
@@ -147,7 +147,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | No
         latent = config.latent.kv_rank * cell.heads * (config.latent.nope_dim + config.latent.v_dim) if config.latent else 0
         return fixed + attention + (inputs + latent) * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
-    kinds = {config.is_sparse(layer): layer for layer in layers}.values()
+    kinds = config.kinds(layers)
     moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer, pairs) for index in chosen for layer in kinds))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
     angles = largest * config.rotary_dim * 4  # cos and sin in fp32, half a head each
@@ -156,7 +156,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | No
 
 def _hidden_tensors(cell: Cell, place: Coordinates) -> int:
     """Hidden states of how many steps are alive on a stage: the one at hand, one that is on its way out, one that comes in."""
-    if len(cell.token_rows) == 1:
+    if cell.step_count == 1:
         return 1
     return 1 + (place.pp < cell.layout.pp - 1) + (place.pp > 0)
 

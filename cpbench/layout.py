@@ -123,13 +123,7 @@ class Layout:
     @classmethod
     def parse(cls, name: str) -> Layout:
         """Read `cp4tp2` or `cp2tp4/ep4tp2`: axes in any order, each at most once. Raises CpbenchError."""
-        attention, slash, experts = name.partition("/")
-        sizes = _parse(attention, name, NAMES)
-        if not slash:
-            return cls(**sizes)
-        expert_sizes = {"moe_tp": 1, **_parse(experts, name, MOE_NAMES)}
-        _require_size("/tp", expert_sizes["moe_tp"])  # in a name, 0 is not the rest of the stage
-        return cls(**sizes, **expert_sizes)
+        return _parsed(name)
 
     def size(self, axis: str) -> int:
         """Ranks along any axis, inner axis or expert axis."""
@@ -157,6 +151,17 @@ class Layout:
         A list is in the order of the coordinates, the lists are in the order of their first rank. "stage" is a pipeline stage.
         """
         return _groups(self.world_size, tuple((self.stride(axis), self.size(axis)) for axis in (AXES[1:] if axes == ("stage",) else axes)))
+
+
+@lru_cache(maxsize=1 << 14)
+def _parsed(name: str) -> Layout:
+    attention, slash, experts = name.partition("/")
+    sizes = _parse(attention, name, NAMES)
+    if not slash:
+        return Layout(**sizes)
+    expert_sizes = {"moe_tp": 1, **_parse(experts, name, MOE_NAMES)}
+    _require_size("/tp", expert_sizes["moe_tp"])  # in a name, 0 is not the rest of the stage
+    return Layout(**sizes, **expert_sizes)
 
 
 @lru_cache(maxsize=4096)

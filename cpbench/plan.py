@@ -41,13 +41,17 @@ UNTIMED_PASSES = 2  # memory, first call
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell, why it will not run (status None: it will), its estimated seconds per round, and its peak of live bytes on a rank."""
+    """A cell, why it will not run (status None: it will), and its estimated seconds per round."""
 
     cell: Cell
     status: Literal["unsupported", "skipped"] | None
     reason: str | None
     seconds: float
-    live_bytes: int
+
+    @cached_property
+    def live_bytes(self) -> int:
+        """Estimated peak of live bytes on a rank; made when it is asked for, because it needs the plans of ranks."""
+        return 0 if self.status == "unsupported" else _live_bytes(self.cell)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
         _require_kernel(scenario, config)
     plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
     weights, prompt = _weights(scenario, config), _prompt(scenario, config)
-    cells = _distinct(replace(cell, weights=weights, prompt=prompt) for cell in cells_of(scenario, config))
+    cells = _distinct(cells_of(scenario, config, weights, prompt))
     _refuse_left_out(scenario, cells, plan.left_out)
     _require_partition(scenario, cells)
     ordered = sorted(cells, key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
@@ -130,11 +134,11 @@ def _distinct(cells: Iterable[Cell]) -> list[Cell]:
 def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> PlannedCell:
     reason = unsupported(cell)
     if reason:
-        return PlannedCell(cell, "unsupported", reason, 0.0, 0)
-    seconds, memory = _seconds(cell, plan, timing), _live_bytes(cell)
+        return PlannedCell(cell, "unsupported", reason, 0.0)
+    seconds = _seconds(cell, plan, timing)
     if cell.device == "cuda" and cell.world_size > machine.devices:
-        return PlannedCell(cell, "skipped", f"needs {cell.world_size} GPUs, this machine has {machine.devices}", seconds, memory)
-    return PlannedCell(cell, None, None, seconds, memory)
+        return PlannedCell(cell, "skipped", f"needs {cell.world_size} GPUs, this machine has {machine.devices}", seconds)
+    return PlannedCell(cell, None, None, seconds)
 
 
 def unsupported(cell: Cell) -> str | None:
@@ -166,7 +170,7 @@ def pass_seconds(cell: Cell, plan: Plan) -> float:
     Pipeline stages wait for the first step to arrive and for the last one to leave: with m steps, pp stages take (m + pp - 1) / m times
     as long as if all worked all the time. On oversubscribed cores others use what a waiting rank leaves.
     """
-    steps, stages = len(cell.token_rows), cell.layout.pp
+    steps, stages = cell.step_count, cell.layout.pp
     waiting = (steps + stages - 1) / steps
     if cell.device == "cuda":
         return flops(cell) * waiting / (CUDA_RATE[cell.dtype] * cell.world_size)
@@ -201,7 +205,7 @@ def _different_parts(cell: Cell) -> list[int]:
 
 def _largest_steps(cell: Cell) -> list[int]:
     """Of many chunks those that can need most: the first, and the last one of each sequence with the one before it, which may be longer."""
-    count = len(cell.token_rows)
+    count = cell.step_count
     if count <= MAX_STEPS:
         return list(range(count))
     steps = [part.cell.steps for part in cell.parts]

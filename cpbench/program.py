@@ -262,8 +262,9 @@ class Program:
                 rows = attention.rows(0, (n, row_values(self.cell)), q)
                 if len(steps) > 1:
                     rows.copy_(self.inputs[1][part])
-                out = attention.attend(q[part], rows, open_rows, 0)
-                outputs.append(out if latent is None else release_outputs(out, self.latent_weight, latent))
+                outputs.append(attention.attend(q[part], rows, open_rows, 0))
+                if latent is not None:
+                    outputs[-1] = release_outputs(outputs[-1], self.latent_weight, latent)
                 self._settle(outputs)
             return Output(_joined(outputs, q))
 
@@ -317,12 +318,12 @@ class Program:
                 context = replace(step.attention.context, kernel=kernel)
                 self.steps[index] = replace(step, attention=replace(step.attention, context=context))
 
-    def tensors(self) -> list[tuple[str, Tensor]]:
     def watch_routers(self) -> None:
         """Note how many rows each expert gets in the next pass."""
         if self.cell.has_experts:
             self.log.watch()
 
+    def tensors(self) -> list[tuple[str, Tensor]]:
         """(category, tensor) of everything that is held between passes."""
         held = [*self.buffers.tensors(), *self.cache.tensors()]
         held += [("weights", tensor) for tensor in self.parameters]

@@ -115,6 +115,11 @@ class ModelConfig:
         """Values of a query or key head that are rotated."""
         return self.head_dim if self.latent is None else self.latent.rope_dim
 
+    def kinds(self, layers: range) -> dict[int, int]:
+        """One of these layers for each kind, dense and sparse, and how many of them are of its kind."""
+        dense = len(layers) if self.experts is None else min(max(self.experts.first - layers.start, 0), len(layers))
+        return {layer: count for layer, count in ((layers.start, dense), (layers.stop - 1, len(layers) - dense)) if count}
+
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward block of a layer is a mixture of experts."""
         return self.experts is not None and layer >= self.experts.first
