@@ -133,14 +133,3 @@ class ModelConfig:
         while width >= 256 and width % 32 == 0:
             width //= 2
         return replace(smaller, experts=replace(self.experts, intermediate=width, first=min(self.experts.first, 1)))
-
-    def layer_parameters(self) -> int:
-        """Parameters of one decoder layer, with experts where the model has them."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        bias = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
-        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
-        experts = self.experts
-        if experts is None:
-            return attention + bias + norms + 3 * self.hidden * self.intermediate
-        router = experts.count * (self.hidden + experts.correction)
-        return attention + bias + norms + router + 3 * self.hidden * experts.intermediate * (experts.count + experts.shared)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cpbench.axes import LeftOut
 from cpbench.batch import Batch
-from cpbench.cell import DTYPE_BYTES, Cell
+from cpbench.cell import Cell
 from cpbench.doctor import Finding
 from cpbench.environment import Machine, describe
 from cpbench.formulas import weights_bytes
@@ -119,13 +119,15 @@ def kernels(machine: Machine) -> Table:
 
 
 def models(machine: Machine) -> Table:
-    columns = ["hidden", "layers", "heads", "kv heads", "head dim", "FFN", "vocabulary"]
+    columns = ["hidden", "layers", "heads", "kv heads", "head dim", "FFN", "experts", "vocabulary"]
     table = _table(
         "model", *((column, "right") for column in columns), "layers that fit here", title="Models: presets; --model also takes a Hugging Face config.json"
     )
     for config in PRESETS.values():
-        numbers = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.intermediate, config.vocab)
-        table.add_row(config.name, *(f"{number:,}" for number in numbers), _fitting_layers(config, machine))
+        kv_heads = f"{config.kv_heads:,}" if config.latent is None else f"latent {config.latent.row_values}"
+        sizes = (f"{number:,}" for number in (config.hidden, config.layers, config.heads))
+        numbers = (*sizes, kv_heads, f"{config.head_dim:,}", f"{config.intermediate:,}", _experts(config), f"{config.vocab:,}")
+        table.add_row(config.name, *numbers, _fitting_layers(config, machine))
     return table
 
 
@@ -198,12 +200,19 @@ def _default_first(names: Sequence[str]) -> str:
     return ", ".join([f"{names[0]} (default)", *names[1:]]) if len(names) > 1 else names[0]
 
 
+def _experts(config: ModelConfig) -> str:
+    """`8 of 256 + 1`: chosen ones, and one that is shared."""
+    experts = config.experts
+    return "-" if experts is None else f"{experts.top_k} of {experts.count}" + (f" + {experts.shared}" if experts.shared else "")
+
+
 def _fitting_layers(config: ModelConfig, machine: Machine) -> str:
     """How many layers' weights one device holds beside embedding and head, in the machine's default dtype."""
     dtype = str(DEVICE_DEFAULTS[machine.device]["dtype"])
-    layout, lengths = Layout(), (1,)
-    one = weights_bytes(Cell("prefill", config, 1, layout, "none", "contiguous", "auto", dtype, machine.device, lengths))
-    layer = config.layer_parameters() * DTYPE_BYTES[dtype]
     memory = machine.gpu_memory_bytes if machine.device == "cuda" else machine.memory_bytes
-    fitting = min(config.layers, (memory - one) // layer + 1)
-    return f"{fitting} of {config.layers}" if fitting >= 1 else f"none: one needs {format_bytes(one)} for weights"
+
+    def needed(layers: int) -> int:
+        return weights_bytes(Cell("prefill", config, layers, Layout(), "none", "contiguous", "auto", dtype, machine.device, (1,)))
+
+    fitting = next((layers for layers in range(config.layers, 0, -1) if needed(layers) <= memory), 0)
+    return f"{fitting} of {config.layers}" if fitting >= 1 else f"none: one needs {format_bytes(needed(1))} for weights"

@@ -2,16 +2,19 @@
 
 import json
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
 
 from cpbench.cell import Cell
 from cpbench.errors import CpbenchError
+from cpbench.formulas import weights_bytes
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.models.hugging_face import REMEDIES, from_hugging_face
+from cpbench.models.parameters import parameters
 from cpbench.models.presets import PRESETS, load_config
 from cpbench.models.weights import RandomWeights, token_ids
 from cpbench.program import Program, alone, run_locally
@@ -82,12 +85,19 @@ def test_logits_and_first_tokens_are_those_of_hugging_face(oracle, layout, strat
 def test_presets_have_the_published_parameter_counts():
     """Totals of the model cards, in billions."""
     published = {"qwen3-0.6b": 0.596, "qwen3-8b": 8.19, "qwen3-32b": 32.8, "qwen2.5-7b": 7.62, "llama3-8b": 8.03, "llama3-70b": 70.6}
-    published |= {"qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1}
-    assert set(published) | {"qwen3-tiny", "qwen3-moe-tiny"} == set(PRESETS)
+    published |= {"qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1, "deepseek-v2-lite": 15.7, "deepseek-v2": 235.7, "deepseek-v3": 671.0}
+    assert set(published) == {name for name in PRESETS if not name.endswith("-tiny")}
     for name, billions in published.items():
         config = PRESETS[name]
-        ends = config.hidden * (1 + config.vocab * (1 if config.tied_embeddings else 2))
-        assert (config.layers * config.layer_parameters() + ends) / 1e9 == pytest.approx(billions, rel=0.005), name
+        total = sum(prod(shape) for _, shape in parameters(config, config.layers))
+        assert total / 1e9 == pytest.approx(billions, rel=0.005), name
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_the_closed_form_of_weights_counts_every_parameter(config):
+    layers = min(config.layers, 5)
+    cell = Cell("prefill", config, layers, Layout(), "none", "contiguous", "auto", "bfloat16", "cpu", (8,))
+    assert weights_bytes(cell) == 2 * sum(prod(shape) for _, shape in parameters(config, layers))
 
 
 def write(tmp_path, **changes):
