@@ -82,7 +82,8 @@ class Router:
         assert config.experts is not None
         self.experts, self.layer = config.experts, layer
         self.weight = weights.linear(f"{prefix}.weight", (config.experts.count, config.hidden))
-        self.bias = weights.bias(f"{prefix}.e_score_correction_bias", config.experts.count) if config.experts.correction else None
+        name = f"{prefix}.e_score_correction_bias"  # kept in fp32, because its steps are smaller than those of narrow dtypes
+        self.bias = weights.bias(name, config.experts.count, wide=True) if config.experts.correction else None
 
     def forward(self, x_nM: Tensor, routing: Routing | None = None) -> Choice:
         """Experts and weights of every row."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +32,8 @@ class Weights(Protocol):
         """A norm weight [size]."""
         ...
 
-    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
-        """The given entries of a bias [size]."""
+    def bias(self, name: str, size: int, rows: range | None = None, *, wide: bool = False) -> Tensor:
+        """The given entries of a bias [size]; `wide`: in fp32 (fp64)."""
         ...
 
 
@@ -56,10 +56,11 @@ class RandomWeights:
         """A norm weight [size], around 1."""
         return self.values(name, torch.zeros(1, dtype=torch.int64), torch.arange(size), 0.1, 1.0).view(size)
 
-    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
-        """The given entries of a bias [size]."""
+    def bias(self, name: str, size: int, rows: range | None = None, *, wide: bool = False) -> Tensor:
+        """The given entries of a bias [size]; `wide`: in fp32 (fp64)."""
         rows = rows or range(size)
-        return self.values(name, torch.zeros(1, dtype=torch.int64), torch.arange(rows.start, rows.stop), 0.1).view(-1)
+        source: RandomWeights = widened(self) if wide else self
+        return source.values(name, torch.zeros(1, dtype=torch.int64), torch.arange(rows.start, rows.stop), 0.1).view(-1)
 
     def values(self, name: str, rows: Tensor, columns: Tensor, std: float, mean: float = 0.0) -> Tensor:
         """Uniform values [rows, columns] at any global indices, computed alike on every device."""
@@ -92,9 +93,10 @@ class CheckpointWeights:
         """A norm weight [size]."""
         return self._read(name, (size,), (None,))
 
-    def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
-        """The given entries of a bias [size]."""
-        return self._read(name, (size,), (rows,))
+    def bias(self, name: str, size: int, rows: range | None = None, *, wide: bool = False) -> Tensor:
+        """The given entries of a bias [size]; `wide`: in fp32 (fp64)."""
+        source: CheckpointWeights = widened(self) if wide else self
+        return source._read(name, (size,), (rows,))
 
     def _read(self, name: str, shape: tuple[int, ...], parts: tuple[range | None, ...]) -> Tensor:
         """A copy: a view of the file would hold all of it, and be read from disk when it is first used."""
@@ -121,6 +123,13 @@ class CheckpointWeights:
         if file not in self._files:
             self._files[file] = safe_open(self.checkpoint.folder / file, framework="pt")
         return self._files[file].get_slice(name)
+
+
+def widened(weights: Any) -> Any:
+    """Random weights or a checkpoint's in fp32; in fp64 those that fp32 holds."""
+    if weights.dtype == torch.float64:
+        return replace(weights, rounded_to=torch.float32)
+    return replace(weights, dtype=torch.float32, rounded_to=None)
 
 
 def token_ids(seed: int, lengths: Sequence[int], vocab: int) -> Tensor:

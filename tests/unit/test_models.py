@@ -45,7 +45,7 @@ class GivenWeights:
         assert self.state[name].shape == (size,)
         return self.state[name]
 
-    def bias(self, name, size, rows=None):
+    def bias(self, name, size, rows=None, *, wide=False):
         rows = rows or range(size)
         return self.state[name][rows.start : rows.stop]
 

@@ -17,7 +17,8 @@ from cpbench.layout import Layout
 from cpbench.models import moe
 from cpbench.models.config import Experts, ModelConfig
 from cpbench.models.moe import SparseMLP
-from cpbench.models.router import best, choose, drawn, margins, weigh
+from cpbench.models.presets import PRESETS
+from cpbench.models.router import Router, best, choose, drawn, margins, weigh
 from cpbench.models.weights import RandomWeights
 from cpbench.program import alone
 from cpbench.sharding import Shard, TokenRows, unit_of
@@ -169,3 +170,11 @@ def test_grouped_gemms_are_for_bf16_on_cuda(monkeypatch):
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this PyTorch has no grouped GEMM on CPU: {error}")
     torch.testing.assert_close(together, one_by_one, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "rounded_to"), [(torch.bfloat16, None), (torch.float64, torch.bfloat16), (torch.float32, None)])
+def test_the_correction_bias_keeps_the_steps_that_narrow_dtypes_have_not(dtype, rounded_to):
+    bias = Router(PRESETS["deepseek-v3-tiny"], RandomWeights(0, dtype, torch.device("cpu"), rounded_to), "model.layers.1.mlp.gate", 1).bias
+    exact = Router(PRESETS["deepseek-v3-tiny"], RandomWeights(0, torch.float32, torch.device("cpu")), "model.layers.1.mlp.gate", 1).bias
+    assert torch.equal(bias.float(), exact)
+    assert not torch.equal(exact, exact.bfloat16().float())
