@@ -18,7 +18,8 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import Sent
 from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES, INNER_AXES
-from cpbench.program import Models, Output, Program
+from cpbench.models.held import Models
+from cpbench.program import Output, Program
 from cpbench.routed import sent_rows, shared_loads, used_experts
 
 OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "send_recv")  # all that a Group can do

@@ -148,6 +148,7 @@ def verify(
     strategy: options.VERIFY_STRATEGY = None,
     cp: options.VERIFY_CP = None,
     tp: options.VERIFY_TP = None,
+    layouts: options.VERIFY_LAYOUTS = None,
     lengths: options.VERIFY_LENGTHS = None,
     prefix: options.VERIFY_PREFIX = None,
     chunk: options.VERIFY_CHUNK = None,
@@ -164,7 +165,7 @@ def verify(
 
     if prefix and not lengths:
         raise CpbenchError("--prefix describes the batch of --lengths, which is missing.", "Add --lengths, for example --lengths 101,67,130.")
-    axes = {"cp": cp, "tp": tp, "strategies": strategy}
+    axes = {"cp": cp, "tp": tp, "layouts": layouts, "strategies": strategy}
     fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     fields |= {name: value for name, value in (("chunk", chunk), ("model", model), ("dtype", dtype), ("seed", seed)) if value is not None}

@@ -21,8 +21,8 @@ from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import traffic
 from cpbench.kernels.base import Kernel
+from cpbench.models.held import Models
 from cpbench.one_device import OneDevice, Solution
-from cpbench.program import Models
 from cpbench.strategies.base import row_index
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above

@@ -85,6 +85,7 @@ VERIFY_STRATEGY = Annotated[
 ]
 VERIFY_CP = Annotated[list[str] | None, _option(_VERIFY, "--cp", "DEGREES", "Context-parallel degrees. Default: 2,3,4,8, and 1 for comparison.")]
 VERIFY_TP = Annotated[list[str] | None, _option(_VERIFY, "--tp", "DEGREES", "Tensor-parallel degrees. Default: 1, and 2 with cp 1 and 4.")]
+VERIFY_LAYOUTS = Annotated[list[str] | None, _option(_VERIFY, "--layouts", "NAMES", "Layouts by name instead of degrees: pp2cp2,dp2cp2tp2.")]
 VERIFY_LENGTHS = Annotated[
     list[str] | None, _option(_VERIFY, "--lengths", "LENGTHS", "One batch instead of the grid's, the new tokens of each sequence: 101,67,130.")
 ]

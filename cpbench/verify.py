@@ -28,11 +28,11 @@ from cpbench.kernels import load_kernel, pick_kernel
 from cpbench.kernels.base import Kernel
 from cpbench.measure.device import open_device
 from cpbench.models.config import ModelConfig
+from cpbench.models.held import Models
 from cpbench.models.presets import load_config
 from cpbench.numerics import Check, judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
-from cpbench.program import Models
 from cpbench.scenario import DEVICE_DEFAULTS, override, parse_scenario, resolve
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.usp import hybrid_degrees

@@ -36,8 +36,9 @@ from cpbench.layout import AXES
 from cpbench.measure.device import Device, open_device
 from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
+from cpbench.models.held import Models
 from cpbench.numerics import check
-from cpbench.program import Models, Output, Program
+from cpbench.program import Output, Program
 from cpbench.routed import expert_loads, most_pairs, sent_rows, shared_loads
 from cpbench.strategies import STRATEGIES
 

@@ -24,7 +24,7 @@ from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.numerics import relative_rmse
 from cpbench.one_device import OneDevice
-from cpbench.program import Models
+from cpbench.models.held import Models
 from cpbench.strategies import STRATEGIES
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from cpbench.models.presets import PRESETS
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
-from cpbench.program import Models
+from cpbench.models.held import Models
 from cpbench.strategies import STRATEGIES
 
 CPU = torch.device("cpu")

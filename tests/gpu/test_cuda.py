@@ -13,9 +13,10 @@ from cpbench.kernels.accumulate import Accumulator
 from cpbench.layout import Layout
 from cpbench.measure.device import open_device
 from cpbench.measure.memory import measure_peaks
+from cpbench.models.held import Models
 from cpbench.models.presets import PRESETS
 from cpbench.numerics import check
-from cpbench.program import Models, Program, alone
+from cpbench.program import Program, alone
 from cpbench.segments import Request, Segment, Span
 from tests.unit.flash_stand_in import FA2, FA3, FA4, StandIn
 

@@ -9,8 +9,8 @@ from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import pick_kernel
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
+from cpbench.models.held import Models
 from cpbench.numerics import check
-from cpbench.program import Models
 from cpbench.strategies import STRATEGIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: the strategies of tests/gpu were not run")]

@@ -16,12 +16,12 @@ from cpbench.errors import CpbenchError
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import BLOCK, INDEX, SCALE, SINGLE, Checkpoint
 from cpbench.models.decoder import Slice
+from cpbench.models.held import Models
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
 from cpbench.models.weights import CheckpointWeights, RandomWeights
 from cpbench.numerics import small_cell
 from cpbench.plan import make_plan
-from cpbench.program import Models
 from cpbench.scenario import parse_scenario, resolve
 from tests.unit.test_saved_models import saved
 

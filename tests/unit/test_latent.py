@@ -15,12 +15,13 @@ from cpbench.layout import Layout
 from cpbench.measure.device import open_device
 from cpbench.measure.memory import measure_peaks
 from cpbench.models.config import LatentAttention, ModelConfig, Yarn
+from cpbench.models.held import Models
 from cpbench.models.rope import cos_sin, softmax_scale
 from cpbench.models.weights import token_ids
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
-from cpbench.program import Models, Program, alone, run_locally
+from cpbench.program import Program, alone, run_locally
 from cpbench.strategies import STRATEGIES
 from tests.unit.test_models import GivenWeights
 

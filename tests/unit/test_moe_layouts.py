@@ -17,9 +17,10 @@ from cpbench.kernels import load_kernel
 from cpbench.layout import Layout, all_layouts
 from cpbench.measure.memory import LiveTensors
 from cpbench.models.config import Experts, ModelConfig
+from cpbench.models.held import Models
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
-from cpbench.program import Models, Program
+from cpbench.program import Program
 from cpbench.sharding import TokenRows, unit_of, unit_places, unit_reach
 
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
+from cpbench.models.held import Models
 from cpbench.models.presets import PRESETS, load_config
 from cpbench.numerics import Check, Counted, check, judge, relative_rmse, small_cell
 from cpbench.one_device import OneDevice, Solution
-from cpbench.program import Models
 from cpbench.results import Numerics
 from cpbench.strategies import STRATEGIES
 

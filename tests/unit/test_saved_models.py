@@ -15,10 +15,10 @@ from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import INDEX, Checkpoint
+from cpbench.models.held import Models
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
 from cpbench.models.weights import token_ids
-from cpbench.program import Models
 
 transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
 CPU = torch.device("cpu")

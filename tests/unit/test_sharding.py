@@ -15,11 +15,11 @@ from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import AXES, Layout
+from cpbench.models.held import Models
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.presets import PRESETS
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
-from cpbench.program import Models
 from cpbench.sharding import ATTENTION, DENSE_MLP, Gather, Shard, TokenRows, exchange, shard_of
 
 CPU = torch.device("cpu")
