@@ -211,6 +211,8 @@ class Program:
         if latent is not None:
             q = absorb_queries(q, self.latent_weight, latent)
         self.inputs = [q]
+        config = self.cell.config
+        nothing = q.new_empty(0, q.shape[1], config.head_dim if config.latent is None else config.latent.v_dim)  # the output of no rows
         steps = [(step.rows, step.attention) for step in self.steps if step.attention is not None]
         if len(steps) > 1:
             self.inputs.append(new_rows)
@@ -229,7 +231,7 @@ class Program:
                 if latent is not None:
                     outputs[-1] = release_outputs(outputs[-1], self.latent_weight, latent)
                 self._settle(outputs)
-            return Output(_joined(outputs, q))
+            return Output(_joined(outputs, nothing))
 
         return run
 

@@ -90,6 +90,14 @@ def test_every_strategy_moves_rows_that_it_does_not_know(strategy, partition, ml
         assert check.passed, check.reason
 
 
+@pytest.mark.parametrize("mla", ["expanded", "absorbed"])
+def test_a_group_without_a_sequence_has_an_answer_of_no_rows(mla):
+    cell = Cell("prefill", V3, 2, Layout(dp=2, cp=2), "ring", "zigzag", "auto", "float32", "cpu", (67,), mla=mla)
+    world, kernel = LocalWorld(4, 60), load_kernel("cpu_flash")
+    answers = world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), kernel, CPU, Models()))
+    assert judge(answers[0], kernel, OneDevice(CPU)).passed
+
+
 def test_one_row_per_token_travels_whatever_the_heads_and_tensor_parallel_ranks():
     """DeepSeek V3 at 131,072 tokens on 8 ranks: 0.13 GB of latents where expanded K and V would be 11.3 (systems that gather K and V)."""
     latent = LatentAttention(512, 64, 128, 128, q_rank=1536)
