@@ -107,6 +107,7 @@ def sweep(
     target: options.TARGET = None,
     chunk: options.CHUNK = None,
     layers: options.LAYERS = None,
+    experts: options.EXPERTS = None,
     weights: options.WEIGHTS = None,
     prompt: options.PROMPT = None,
     dtype: options.DTYPE = None,
@@ -129,7 +130,16 @@ def sweep(
 
     axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "strategies": strategy}
     axes |= {"cp": cp, "tp": tp, "dp": dp, "pp": pp, "ep": ep, "layouts": layouts, "gpus": gpus}
-    fields: dict[str, Any] = {"partition": partition, "model": model, "target": target, "chunk": chunk, "layers": layers, "dtype": dtype, "seed": seed}
+    fields: dict[str, Any] = {
+        "partition": partition,
+        "model": model,
+        "target": target,
+        "chunk": chunk,
+        "layers": layers,
+        "dtype": dtype,
+        "seed": seed,
+        "experts": experts,
+    }
     fields |= {"weights": weights, "prompt": prompt, "threads": threads, "rounds": rounds, "pair": pair or None}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}

@@ -15,6 +15,7 @@ from cpbench.layout import Layout
 from cpbench.units import format_count
 
 if TYPE_CHECKING:
+    from cpbench.models.config import ModelConfig
     from cpbench.scenario import Scenario
 
 EVERY_STRATEGY = "all"
@@ -31,14 +32,21 @@ def echo_sizes(scenario: Scenario, *, default: bool) -> list[str]:
     return notes + ([f"chunk {Batch((scenario.chunk,)).exact} of each sequence"] if scenario.chunk else [])
 
 
+def model_of(scenario: Scenario) -> ModelConfig:
+    """The model of a scenario. Raises CpbenchError where there is no such model."""
+    from cpbench.models.presets import load_config
+
+    config = load_config(scenario.model or "")
+    return config.with_experts(scenario.experts) if scenario.experts else config
+
+
 def check_names(scenario: Scenario) -> None:
     from cpbench.kernels import KERNELS
-    from cpbench.models.presets import load_config
     from cpbench.partition import PARTITIONS
     from cpbench.strategies import STRATEGIES
     from cpbench.strategies.usp import hybrid_degrees
 
-    load_config(scenario.model or "")
+    model_of(scenario)
     for name in scenario.strategies or []:
         if name not in (*STRATEGIES, EVERY_STRATEGY) and hybrid_degrees(name) is None:
             raise unknown("strategy", name, [*STRATEGIES, EVERY_STRATEGY, "u4r2"])
@@ -68,9 +76,7 @@ def fit_pages(scenario: Scenario, notes: list[str]) -> None:
 
 def fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None:
     """Only a prefill has several layers, and no more than its model. Changes `scenario.layers` and `notes`."""
-    from cpbench.models.presets import load_config
-
-    config = load_config(scenario.model or "")
+    config = model_of(scenario)
     if scenario.target != "prefill":
         if asked not in (None, 1):
             raise CpbenchError(f"Target {scenario.target!r} runs one layer, not {asked}.", "Leave --layers out, or use --target prefill.")
@@ -79,8 +85,10 @@ def fit_layers(scenario: Scenario, asked: int | None, notes: list[str]) -> None:
     stages = _most_stages(scenario)
     if asked is None:
         default = config.layers if scenario.weights else scenario.layers or 1
-        scenario.layers = min(max(default, stages), config.layers)
-        why = "default: one per pipeline stage" if scenario.layers > default else f"default on {scenario.device}"
+        sparse = config.experts.first + 1 if config.experts else 1
+        scenario.layers = min(max(default, stages, sparse), config.layers)
+        why = "default: one per pipeline stage" if scenario.layers > max(default, sparse) else f"default on {scenario.device}"
+        why = "default: up to the first with experts" if scenario.layers == sparse > default else why
         why = "all of the checkpoint" if scenario.weights else why
         notes.append(f"layers {scenario.layers} of {config.layers} ({why})")
     elif asked > config.layers:

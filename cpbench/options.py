@@ -62,6 +62,7 @@ SET = _axis("--set", "A.B=C", "Any field of a scenario, for example timing.preci
 PAIR = _flag(_WHAT, "--pair", "Pair lists that have several values instead of crossing them.", hidden=True)
 PARTITION = _rare("--partition", "NAME", "Which tokens a rank holds (cpbench list partitions). Default: what the strategy prefers.")
 CHUNK = _rare("--chunk", "TOKENS", "Prefill in chunks of so many new tokens of each sequence. Default: all at once.")
+EXPERTS = _rare("--experts", "N", "Experts per layer instead of the model's own number. Default: the model's.")
 LAYERS = _rare("--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU, 4 on CUDA.")
 WEIGHTS = _rare("--weights", "DIR", "A Hugging Face checkpoint instead of random weights: config.json and *.safetensors.")
 PROMPT = _rare("--prompt", "FILE", "A text as the input, in the tokens of the tokenizer.json of --weights.")
@@ -76,7 +77,7 @@ RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,cras
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
 MORE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
-    "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
+    "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
     "NAME, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
 )
 _VERIFY = "What to verify"

@@ -17,6 +17,7 @@ from typing import Literal
 from cpbench.axes import BASELINE, GROUPED, LeftOut, cells_of, left_out, runs_as
 from cpbench.batch import Batch
 from cpbench.cell import Cell
+from cpbench.defaults import model_of
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.fitting import layout_reason, strategy_reason
@@ -25,7 +26,6 @@ from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import Checkpoint
 from cpbench.models.config import ModelConfig
-from cpbench.models.presets import load_config
 from cpbench.prompt import prompt_name, read_prompt
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
 from cpbench.strategies import STRATEGIES
@@ -90,7 +90,7 @@ class Plan:
 
 def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     """The cells of a resolved scenario on a machine. Raises CpbenchError where a requested value cannot run at all."""
-    config = load_config(scenario.model or "")
+    config = model_of(scenario)
     device = scenario.device
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)

@@ -96,6 +96,7 @@ class Scenario(_Model):
     name: str = Field("sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="names the result file")
     target: Literal["prefill", "layer", "attention"] = Field("prefill", description="prefill: time to first token; layer: one decoder layer; attention alone")
     model: str | None = Field(None, description="a preset (cpbench list models) or the path of a Hugging Face config.json")
+    experts: Whole | None = Field(None, ge=1, description="experts per layer instead of the model's own number, so that a layer fits into less memory")
     weights: str | None = Field(None, description="a folder with config.json and *.safetensors, instead of a model with random weights")
     prompt: str | None = Field(None, description="a text file as the one sequence of the batch, in the tokens of the weights' tokenizer.json")
     layers: Whole | None = Field(None, ge=1, description="decoder layers to run, at most those of the model")
@@ -135,6 +136,8 @@ class Scenario(_Model):
     def _consistent(self) -> Scenario:
         if self.weights and self.model not in (None, f"{self.weights}/config.json"):
             refuse("model and weights both say which model to measure.", f"Leave model out: the config.json in {self.weights} says it.")
+        if self.weights and self.experts:
+            refuse("experts changes a model, and weights are those of the model as it is.", "Leave experts or weights out.")
         if self.weights and self.target == "attention":
             refuse("Target 'attention' has no weights to read.", "Leave weights out, or use --target prefill.")
         if self.prompt and (not self.weights or self.target != "prefill"):

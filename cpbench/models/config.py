@@ -124,6 +124,19 @@ class ModelConfig:
         """Whether the feed-forward block of a layer is a mixture of experts."""
         return self.experts is not None and layer >= self.experts.first
 
+    def with_experts(self, count: int) -> ModelConfig:
+        """The same model with fewer or more experts, all else as it is; its name says so. Raises CpbenchError where they cannot be so many."""
+        experts = self.experts
+        if experts is None:
+            raise CpbenchError(f"{self.name} has no experts.", "Leave experts out, or choose another model (cpbench list models).")
+        chosen_from = -(-experts.top_k // experts.top_groups)  # of a group, at least
+        least = experts.groups * max(chosen_from, 2 if experts.correction else 1)
+        if count < least or count % experts.groups:
+            near = max(least, round(count / experts.groups) * experts.groups)
+            what = f"{experts.top_k} of {count} experts in {experts.groups} groups, of which {experts.top_groups} count, cannot be chosen"
+            raise CpbenchError(f"{self.name}: {what}.", f"The nearest valid value is experts={near}.")
+        return replace(self, name=f"{self.name}-e{count}", experts=replace(experts, count=count))
+
     def reduced(self) -> ModelConfig:
         """The same heads and rules with a narrow width and two layers at most: what numerics are checked on where the model is wide."""
         smaller = replace(self, hidden=min(self.hidden, 256), layers=min(self.layers, 2), intermediate=min(self.intermediate, 512), vocab=min(self.vocab, 8192))

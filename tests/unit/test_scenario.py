@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cpbench.defaults import model_of
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.plan import make_plan
@@ -286,3 +287,28 @@ def test_every_scenario_in_the_repository_plans_and_is_explained(file: Path) -> 
     assert read_yaml(file)["name"] == file.stem
     assert file.name in (SCENARIOS / "README.md").read_text()
     assert file.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+def test_a_model_with_fewer_experts_says_so_in_its_name_and_runs_up_to_a_sparse_layer() -> None:
+    resolved, notes = resolve(parse_scenario({"model": "deepseek-v3", "experts": 16}), CPU)
+    config = model_of(resolved)
+    assert (config.name, config.experts.count, config.experts.top_k) == ("deepseek-v3-e16", 16, 8)
+    assert resolved.layers == 4
+    assert "layers 4 of 61 (default: up to the first with experts)" in notes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "hint"),
+    [
+        ({"model": "deepseek-v3", "experts": 12}, "8 of 12 experts in 8 groups", "experts=16"),
+        ({"model": "deepseek-v3", "experts": 1}, "8 of 1 experts in 8 groups", "experts=16"),
+        ({"model": "qwen3-moe-tiny", "experts": 1}, "2 of 1 experts in 1 groups", "experts=2"),
+        ({"experts": 4}, "qwen3-tiny has no experts", "Leave experts out"),
+        ({"weights": "folder", "experts": 4}, "weights are those of the model as it is", "Leave experts or weights out"),
+    ],
+)
+def test_experts_that_cannot_be_so_many(fields, message, hint) -> None:
+    with pytest.raises(CpbenchError) as caught:
+        resolve(parse_scenario(fields), CPU)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
