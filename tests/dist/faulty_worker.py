@@ -35,8 +35,8 @@ def forgets_remote_tokens(self: Ring, cell: Any, rank: int, plan: Any = Ring.pla
     return (steps[0], *(type(step)((), step.next_rows) for step in steps[1:]))
 
 
-def count_too_much(cell: Any, rank: int, formula: Any = numerics.traffic) -> Any:
-    traffic = formula(cell, rank)
+def count_too_much(cell: Any, rank: int, sent: Any = (), formula: Any = numerics.traffic) -> Any:
+    traffic = formula(cell, rank, sent)
     if cell.strategy == "ring":
         traffic.add("cp", "send_recv", 1)
     return traffic
