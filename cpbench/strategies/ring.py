@@ -70,9 +70,7 @@ class Ring(Strategy):
         return sum(self._rows_by_step(cell, rank))
 
     def _rows_by_step(self, cell: Cell, rank: int) -> list[int]:
-        plan = self.plan(cell, rank)
-        rows = [super().opened_rows(cell, rank), *(step.next_rows or 0 for step in plan[:-1])]
-        return [count if step.segments else 0 for count, step in zip(rows, plan, strict=True)]
+        return attended_rows(super().opened_rows(cell, rank), self.plan(cell, rank))
 
 
 def ring_steps(places: Sequence[tuple[Blocks, Blocks]], place_here: int) -> tuple[Step, ...]:
@@ -101,6 +99,12 @@ def run_ring(q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: tuple[St
             in_flight.wait()
             here = arriving
     return result.result()
+
+
+def attended_rows(held: int, plan: tuple[Step, ...]) -> list[int]:
+    """Of each step the rows that are attended to: those that the place holds, and then those that arrived; none where nothing is computed."""
+    rows = [held, *(step.next_rows or 0 for step in plan[:-1])]
+    return [count if step.segments else 0 for count, step in zip(rows, plan, strict=True)]
 
 
 def arriving_rows(plan: tuple[Step, ...]) -> int:

@@ -21,7 +21,7 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Blocks, split
 from cpbench.segments import PlacedBlock, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, spread_cache
-from cpbench.strategies.ring import Step, arriving_rows, ring_steps, run_ring
+from cpbench.strategies.ring import Step, arriving_rows, attended_rows, ring_steps, run_ring
 from cpbench.strategies.ulysses import Exchange, head_shards, undivided_heads
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ class Usp(Strategy):
         return sum(self._rows_by_step(self.plan(cell, rank)))
 
     def _rows_by_step(self, plan: UspPlan) -> list[int]:
-        rows = [plan.exchange.cached_rows + sum(plan.exchange.rows), *(step.next_rows or 0 for step in plan.steps[:-1])]
-        return [count if step.segments else 0 for count, step in zip(rows, plan.steps, strict=True)]
+        return attended_rows(plan.exchange.cached_rows + sum(plan.exchange.rows), plan.steps)
 
 
 def hybrid_degrees(name: str) -> tuple[int, int] | None:
