@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpbench.kernels.selection import Visible, select
+from cpbench.kernels.selection import select
 from cpbench.kernels.sparse_latent import attend_selected
 from cpbench.measure.memory import LiveTensors
 from cpbench.segments import Span
+from cpbench.visible import Visible
 
 DIM, KV_RANK, ROW, TOP_K, SCALE = 128, 512, 576, 2048, 0.07
 FEW_HEADS = (4, 2)  # of the indexer and of the attention

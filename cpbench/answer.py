@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cpbench.cell import Cell
+from cpbench.choices import Used, used_by_all
 from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
@@ -20,19 +21,10 @@ from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES, INNER_AXES
 from cpbench.models.held import Models
 from cpbench.program import Output, Program
-from cpbench.routed import sent_rows, shared_loads, used_experts
+from cpbench.routed import sent_rows, shared_loads
 
 OPERATIONS = ("all_gather", "all_reduce", "all_to_all", "reduce_scatter", "send_recv")  # all that a Group can do
 COUNTED = tuple(product((*AXES, *INNER_AXES, "ep", "world"), OPERATIONS))
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What the routers chose: the experts [layers, N, K] of each token, for how many tokens ranks disagree, and rows sent between ranks."""
-
-    experts_LNK: Tensor
-    disagreed: int
-    sent: Sent
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Answer:
 
     `copies`: the rows [N, M] in packed order, once for every set of ranks that together hold each token, by its first rank. `lost`: how
     many tokens are on no rank; their rows are NaN. `logits` [batch, V] and `first_tokens` are those of a prefill. `received`: what each
-    rank counted.
+    rank counted. `experts` of tokens and `keys` of queries, in their places in sequences, are what was chosen; `sent`: rows sent to experts.
     """
 
     cell: Cell
@@ -50,7 +42,9 @@ class Answer:
     received: tuple[Traffic, ...]
     logits: Tensor | None = None
     first_tokens: tuple[int, ...] = ()
-    routed: Routed | None = None
+    experts: Used | None = None
+    sent: Sent | None = None
+    keys: Used | None = None
 
 
 def solve(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, models: Models) -> list[Answer]:
@@ -64,17 +58,22 @@ def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, mo
     program.keeps_rows = True
     program.prepare()
     groups.recorder.reset()
-    if cell.has_experts:
-        program.log.watch(detailed=True)
+    program.log.watch(detailed=True)
+    program.selections.watch(detailed=True)
     output = program.run()
     received = _share(groups.recorder.reset(), groups)
-    notes = program.log.stop()
-    routed = Routed(*used_experts(cell, notes, groups, device), sent_rows(cell, shared_loads(cell, notes, groups))) if cell.has_experts else None
+    notes, selections = program.log.stop(), program.selections.stop()
+    experts = sent = keys = None
+    if cell.config.experts and cell.has_experts:
+        experts = used_by_all(notes, (cell.layers, cell.tokens, cell.config.experts.top_k), groups.world, device)
+        sent = sent_rows(cell, shared_loads(cell, notes, groups))
+    if cell.shape.top_k:
+        keys = used_by_all(selections, (cell.layers, cell.tokens, cell.shape.top_k), groups.world, device)
     copies, lost = _collect(output.rows.flatten(1), program.tokens, cell, groups)
     prefill = cell.target == "prefill"
     logits, first = (_collect_logits(output, cell, groups), first_tokens(output, cell, groups)) if prefill else (None, [])
     groups.recorder.reset()
-    return Answer(cell, copies, lost, received, logits, tuple(token for token, _ in first), routed)
+    return Answer(cell, copies, lost, received, logits, tuple(token for token, _ in first), experts, sent, keys)
 
 
 def first_tokens(output: Output, cell: Cell, groups: Groups) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""Closed forms for what surrounds the attention across ranks in a layer: projections of queries, keys and outputs, and opening rows.
+"""Closed forms for the attention block of a layer: projections of queries, keys and outputs, opening rows, and selecting among them.
 
 Pure numbers, without torch. What a strategy computes, moves and holds stands in its file; the rest of a cell is in formulas.py.
 """
@@ -6,7 +6,9 @@ Pure numbers, without torch. What a strategy computes, moves and holds stands in
 from __future__ import annotations
 
 from cpbench.cell import Cell
+from cpbench.segments import Span, place
 from cpbench.strategies import STRATEGIES
+from cpbench.visible import Visible, attending_values, in_order, selection_values, visible_keys
 
 
 def parameters(cell: Cell) -> int:
@@ -19,7 +21,17 @@ def parameters(cell: Cell) -> int:
     rank = latent.q_rank
     queries = config.hidden * heads * config.head_dim if rank is None else rank * (config.hidden + 1 + heads * config.head_dim)
     rows = config.hidden * latent.row_values + latent.kv_rank
-    return queries + rows + latent.kv_rank * heads * (latent.nope_dim + latent.v_dim) + config.hidden * heads * latent.v_dim
+    indexer = config.indexer
+    index = 0 if indexer is None else _index_weights(cell) + 2 * indexer.dim  # a layer norm with a bias
+    return queries + rows + latent.kv_rank * heads * (latent.nope_dim + latent.v_dim) + config.hidden * heads * latent.v_dim + index
+
+
+def _index_weights(cell: Cell) -> int:
+    """Weights of the indexer's products, whole on every rank: queries from the low-rank ones, a key and gates from the input."""
+    indexer, latent, hidden = cell.config.indexer, cell.config.latent, cell.config.hidden
+    if indexer is None or latent is None:
+        return 0
+    return indexer.heads * indexer.dim * (latent.q_rank or 0) + (indexer.dim + indexer.heads) * hidden
 
 
 def projection_flops(cell: Cell, rows: int) -> int:
@@ -29,14 +41,54 @@ def projection_flops(cell: Cell, rows: int) -> int:
         return 2 * rows * config.hidden * config.head_dim * 2 * (heads + cell.kv_heads)
     rank = latent.q_rank
     queries = config.hidden * heads * config.head_dim if rank is None else rank * (config.hidden + heads * config.head_dim)
-    absorbed = heads * latent.kv_rank * (latent.nope_dim + latent.v_dim) if cell.mla == "absorbed" else 0
-    return 2 * rows * (queries + config.hidden * latent.row_values + absorbed + config.hidden * heads * latent.v_dim)
+    absorbed = heads * latent.kv_rank * (latent.nope_dim + latent.v_dim) if cell.absorbed else 0
+    return 2 * rows * (queries + config.hidden * latent.row_values + absorbed + config.hidden * heads * latent.v_dim + _index_weights(cell))
 
 
 def opening_flops(cell: Cell, rows: int, heads: int) -> int:
     """Operations of making K and V of so many heads from rows; none where they are views."""
     latent = cell.config.latent
     return 2 * rows * latent.kv_rank * heads * (latent.nope_dim + latent.v_dim) if latent is not None and cell.shape.opened else 0
+
+
+def score_pairs(step: Cell, cp_rank: int) -> int:
+    """Pairs that a rank attends to in a step, summed over its query heads: at most `top_k` for a query where keys are selected."""
+    if not step.shape.top_k:
+        return STRATEGIES[step.strategy].score_pairs(step, cp_rank)
+    return step.heads * sum(block.selected_pairs(step.shape.top_k) for block in _seen(step, cp_rank))
+
+
+def selection_flops(step: Cell, cp_rank: int) -> int:
+    """Operations of scoring keys in one layer of a step: of the queries that see more than they may attend to. All heads on every rank."""
+    indexer = step.config.indexer
+    if indexer is None:
+        return 0
+    return 2 * indexer.heads * indexer.dim * sum(block.scored_pairs(indexer.top_k) for block in _seen(step, cp_rank))
+
+
+def selected_of(new: int, prefix: int, top_k: int) -> tuple[int, int]:
+    """(pairs attended to, pairs scored) of one sequence, where a query attends to at most so many keys."""
+    block = Visible(Span(0, new), Span(0, prefix + new), prefix + 1)
+    return block.selected_pairs(top_k), block.scored_pairs(top_k)
+
+
+def _seen(step: Cell, cp_rank: int) -> tuple[Visible, ...]:
+    """What the query blocks of a rank see."""
+    blocks = step.split.ranks[cp_rank]
+    return visible_keys(place(blocks), {block.sequence: Span(0, block.stop) for block in blocks})
+
+
+def selection_buffers(step: Cell, cp_rank: int) -> tuple[int, ...]:
+    """Bytes of the reused space in which keys are selected and attended to: of scores, of tiles that attend, and of rows put in order."""
+    indexer, shape, size = step.config.indexer, step.shape, step.element_bytes
+    if indexer is None:
+        return 0, 0, 0
+    order, wide = in_order(place(step.split.ranks[cp_rank]), STRATEGIES[step.strategy].collected(step, cp_rank)), max(size, 4)
+    sizes = shape.heads, shape.qk_dim, shape.v_dim
+    scores, gathered = attending_values(order.visible, sizes, shape.top_k, step.device, wide)
+    copies = size + wide if size < wide and step.device == "cpu" else size
+    ordered = 0 if order.is_identity else len(order.rows) * shape.row_values * size
+    return selection_values(order.visible, indexer.heads, step.device) * wide, scores * wide + gathered * copies, ordered
 
 
 def score_flops(cell: Cell, pairs: int) -> int:
@@ -60,6 +112,8 @@ def moments(step: Cell, n: int, attend: int) -> int:
 
     Of attention alone, which has its queries beforehand, only what comes behind them.
     """
+    if step.shape.top_k:
+        return _selective_moments(step, n)
     if step.target == "attention":
         return max(attend, n * step.shape.heads * _released(step) * step.element_bytes)
     config, latent, size, shape = step.config, step.config.latent, step.element_bytes, step.shape
@@ -70,13 +124,31 @@ def moments(step: Cell, n: int, attend: int) -> int:
     plain = n * shape.heads * config.head_dim * size
     queries = n * (latent.q_rank or 0) * size
     project = residual + max(2 * row, 2 * queries, queries + plain, plain + n * shape.heads * latent.rope_dim * size)
-    absorb = plain + (n * shape.heads * latent.kv_rank * size + q if step.mla == "absorbed" else 0)
+    absorb = plain + (n * shape.heads * latent.kv_rank * size + q if step.absorbed else 0)
     return max(project, absorb, q + attend, out + residual)
+
+
+def _selective_moments(step: Cell, n: int) -> int:
+    """The same where keys are selected: the low-rank queries stay alive until those of the heads are made, the selection until it is used."""
+    config, shape, size, indexer, latent = step.config, step.shape, step.element_bytes, step.config.indexer, step.config.latent
+    assert indexer is not None and latent is not None
+    wide, heads = max(size, 4), shape.heads
+    ids = n * shape.top_k * 4
+    attend = ids + n * heads * (shape.v_dim * size + wide)  # out and lse
+    release = n * heads * (shape.v_dim + 2 * latent.v_dim) * size
+    if step.target == "attention":
+        return max(attend, n * heads * (shape.v_dim + latent.v_dim) * size)
+    residual, low_rank, q = n * config.hidden * size, n * (latent.q_rank or 0) * size, n * heads * shape.qk_dim * size
+    index = n * indexer.heads * (indexer.dim * size + wide)
+    plain = n * heads * config.head_dim * size
+    project = residual + max(2 * n * shape.row_values * size, 2 * low_rank, low_rank + index + n * indexer.heads * latent.rope_dim * size)
+    absorb = low_rank + ids + plain + max(n * heads * latent.rope_dim * size, n * heads * latent.kv_rank * size + q)
+    return max(project, low_rank + index + ids, absorb, q + attend, release, n * heads * latent.v_dim * size + residual)
 
 
 def _released(step: Cell) -> int:
     """Values of an output head in the latent's width, as the kernel padded it, and of what becomes of it; none where nothing is absorbed."""
     latent, shape = step.config.latent, step.shape
-    if latent is None or step.mla != "absorbed":
+    if latent is None or not step.absorbed:
         return 0
     return latent.v_dim + (max(shape.qk_dim, shape.v_dim) if step.device == "cpu" else shape.v_dim)

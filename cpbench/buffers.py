@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CATEGORIES = {"merge": "merge buffers", "gather": "gathered K/V", "comm": "communication buffers", "rows": "K/V rows", "cache": "K/V cache"}
+CATEGORIES |= {"select": "selection buffers"}
 ALL_CATEGORIES = ("weights", "activations", *CATEGORIES.values())
 
 

@@ -44,7 +44,8 @@ class AttentionShape:
     """Sizes of the attention of one tensor-parallel rank, as strategies and kernels see them.
 
     A token's row has one part for each kv head, K of all before V of all; or a single part, which all heads share. `opened`: K and V of
-    every query head are computed from the row, else they are views of it.
+    every query head are computed from the row, else they are views of it. `top_k`: a query attends to at most so many keys, selected by
+    values behind those of K and V in the row; 0: to all.
     """
 
     heads: int
@@ -53,6 +54,7 @@ class AttentionShape:
     v_dim: int
     part_values: int
     opened: bool = False
+    top_k: int = 0
 
     @property
     def row_values(self) -> int:
@@ -241,13 +243,21 @@ class Cell:
         """Kv heads of one tensor-parallel rank: at least one, then held by several ranks; one where all heads share a latent row."""
         return self.shape.parts
 
+    @property
+    def absorbed(self) -> bool:
+        """Whether latent attention works in the latent's width: selected rows are never opened."""
+        return self.mla == "absorbed" or self.config.indexer is not None
+
     @cached_property
     def shape(self) -> AttentionShape:
         config, latent = self.config, self.config.latent
         if latent is None:
             dim = config.head_dim
             return AttentionShape(self.heads, max(1, config.kv_heads // self.layout.tp), dim, dim, 2 * dim)
-        if self.mla == "absorbed":
+        if self.config.indexer is not None:
+            indexer = self.config.indexer
+            return AttentionShape(self.heads, 1, latent.row_values, latent.kv_rank, latent.row_values + indexer.dim, top_k=indexer.top_k)
+        if self.absorbed:
             return AttentionShape(self.heads, 1, latent.row_values, latent.kv_rank, latent.row_values)
         return AttentionShape(self.heads, 1, latent.nope_dim + latent.rope_dim, latent.v_dim, latent.row_values, opened=True)
 

@@ -29,8 +29,6 @@ def has_experts(config: ModelConfig) -> bool:
 def layout_reason(cell: Cell) -> str | None:
     """Why the model or the batch does not divide as the layout says, with the nearest layout on which they do; None where they do."""
     layout, config = cell.layout, cell.config
-    if config.indexer is not None:
-        return f"no strategy moves the keys of {config.name}'s indexer yet, and without it attention would not be sparse; the nearest model is deepseek-v3"
     if cell.dispatch == ALLTOALL and cell.has_experts and layout.ep == 1:
         return "dispatch=alltoall sends rows to experts on other ranks, and ep=1 has none; the nearest valid value is dispatch=gather"
     what = undivided(config, cell.target, layout.dp, layout.tp) or (experts_undivided(config, layout, cell.dispatch) if cell.has_experts else None)

@@ -23,7 +23,7 @@ Sent = Sequence[Sequence[Sequence[int]]]  # by rank, by step and sparse layer of
 def score_pairs(cell: Cell, rank: int) -> int:
     """Score pairs of one layer on a global rank, summed over its query heads and the steps of a pass."""
     place = cell.layout.coordinates(rank)
-    return sum(STRATEGIES[step.strategy].score_pairs(step, place.cp) for step in cell.parts[place.dp].cell.steps)
+    return sum(attention_block.score_pairs(step, place.cp) for step in cell.parts[place.dp].cell.steps)
 
 
 def new_rows(cell: Cell, rank: int) -> int:
@@ -37,6 +37,7 @@ def flops_of_rank(cell: Cell, rank: int) -> int:
     config, rows, place = cell.config, new_rows(cell, rank), cell.layout.coordinates(rank)
     part = cell.parts[place.dp].cell
     attention = attention_block.score_flops(cell, score_pairs(cell, rank)) + attention_block.opened_flops_of_rank(part, place.cp)
+    attention += sum(attention_block.selection_flops(step, place.cp) for step in part.steps)
     if cell.target == "attention":
         return attention
     projections = attention_block.projection_flops(cell, rows)
@@ -57,9 +58,10 @@ def flops(cell: Cell) -> int:
 
 def _flops_of_part(cell: Cell, whole: Cell) -> int:
     config, layout = cell.config, cell.layout
-    pairs = sum(n * prefix + n * (n + 1) // 2 for n, prefix in zip(cell.lengths, cell.prefixes, strict=True))
+    pairs, scored = _pairs_of_part(cell)
     copies, opened = layout.cp if cell.cp_off else 1, cell.tokens + sum(cell.prefixes)
-    attention = copies * (attention_block.score_flops(cell, pairs * cell.heads) + attention_block.opening_flops(cell, opened, cell.heads))
+    scoring = 2 * scored * config.indexer.heads * config.indexer.dim if config.indexer else 0
+    attention = copies * (attention_block.score_flops(cell, pairs * cell.heads) + attention_block.opening_flops(cell, opened, cell.heads) + scoring)
     if cell.target == "attention":
         return attention * layout.tp
     held = layout.cp if cell.cp_off or cell.partition == "replicated" else 1
@@ -68,6 +70,13 @@ def _flops_of_part(cell: Cell, whole: Cell) -> int:
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
     mlp = sum(count * feed_forward.whole_flops(whole, rows, held, layer) for layer, count in config.kinds(range(cell.layers)).items())
     return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
+
+
+def _pairs_of_part(cell: Cell) -> tuple[int, int]:
+    """(pairs attended to, pairs scored to select them) of one head over all sequences."""
+    top_k = cell.shape.top_k or max((prefix + n for n, prefix in zip(cell.lengths, cell.prefixes, strict=True)), default=0)
+    found = [attention_block.selected_of(n, prefix, top_k) for n, prefix in zip(cell.lengths, cell.prefixes, strict=True)]
+    return sum(pairs for pairs, _ in found), sum(scored for _, scored in found)
 
 
 def traffic(cell: Cell, rank: int, sent: Sent | None = None) -> Traffic:
@@ -144,6 +153,7 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | No
     rows = new_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
         inputs = rows * cell.heads * cell.shape.qk_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
+        inputs += rows * config.indexer.heads * (config.indexer.dim + max(1, 4 // size)) if config.indexer else 0  # gates are wide
         latent = config.latent.kv_rank * cell.heads * (config.latent.nope_dim + config.latent.v_dim) if config.latent else 0
         return fixed + attention + (inputs + latent) * size
     largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
@@ -176,10 +186,11 @@ def _step_bytes(step: Cell, cp_rank: int) -> _StepBytes:
     local, row = strategy.keeps_local_rows, row_values(step) * size
     cached = sum(block.rows for block in strategy.cached(step, cp_rank)) if local else 0
     kept = extra.new_rows + (n * row if local else 0)
-    buffers: tuple[int, ...] = (extra.buffers, extra.merge, 0 if local else n * row)
+    selecting = attention_block.selection_buffers(step, cp_rank)
+    buffers: tuple[int, ...] = (extra.buffers, extra.merge, 0 if local else n * row, *selecting)
     attend = extra.transient
     if step.paged:
-        kept, buffers = 0, (extra.buffers, extra.merge, (cached + n) * row, extra.new_rows)
+        kept, buffers = 0, (extra.buffers, extra.merge, (cached + n) * row, extra.new_rows, *selecting)
         if step.kv_cache == "keep":  # the rows on their way into pages
             stored = sum(block.rows for block, _ in strategy.stored(step, cp_rank)) * cache_row_bytes(step, cp_rank)
             attend = max(attend, stored)

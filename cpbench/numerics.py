@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cpbench.answer import Answer, solve
 from cpbench.cell import Cell
+from cpbench.choice_errors import wrong_choice
+from cpbench.choices import Forced
 from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import traffic
@@ -150,8 +152,8 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
     reason = _unusable(answer)
     if reason:
         return replace(verdict, passed=False, reason=_joined(reason, differs))
-    used = answer.routed.experts_LNK if answer.routed else None
-    truth, yardstick = one_device.truth(cell, used), one_device.yardstick(cell, kernel, used)
+    forced = Forced(*(used.chosen_LNK if used else None for used in (answer.experts, answer.keys)))
+    truth, yardstick = one_device.truth(cell, forced), one_device.yardstick(cell, kernel, forced)
     errors = {rank: relative_rmse(rows, truth.rows) for rank, rows in answer.copies.items()}
     worst = max(errors, key=lambda rank: errors[rank])
     rounding = max(relative_rmse(yardstick.rows, truth.rows), torch.finfo(torch.float64).eps)
@@ -163,7 +165,7 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
         bound = f"more than {MAX_RATIO}" if narrow else f"and above {MAX_FP32_RMSE:g}"
         reason = f"relative RMSE {error:.2e} is {ratio:.3g} times that of one device, {bound}{_where(answer, errors, truth.rows)}"
     else:
-        reason = _wrong_experts(answer, truth, yardstick) or (None if answer.logits is None else _wrong_token(answer, truth, yardstick))
+        reason = wrong_choice(answer, truth, yardstick, MAX_MARGIN) or _wrong_token(answer, truth, yardstick)
     return replace(
         verdict,
         passed=not (reason or differs),
@@ -184,8 +186,7 @@ def relative_rmse(rows: Tensor, truth: Tensor) -> float:
 
 def _collectives(answer: Answer) -> Counted:
     """Of the first rank that differs from its formula, else of the one that receives most."""
-    sent = answer.routed.sent if answer.routed else None
-    counted = [Counted(rank, received, traffic(answer.cell, rank, sent)) for rank, received in enumerate(answer.received)]
+    counted = [Counted(rank, received, traffic(answer.cell, rank, answer.sent)) for rank, received in enumerate(answer.received)]
     return next((count for count in counted if count.difference), max(counted, key=lambda count: count.received.bytes))
 
 
@@ -221,33 +222,13 @@ def _remote_tokens_used(cell: Cell, rows: Tensor, truth: Tensor, rounding: float
 
 def _wrong_token(answer: Answer, truth: Solution, yardstick: Solution) -> str | None:
     """A first token that rounding does not excuse: the right one leads by more than that."""
-    assert truth.logits is not None and yardstick.logits is not None
+    if truth.logits is None or yardstick.logits is None:
+        return None
     rounding = _max_error(yardstick.logits, truth.logits)
     for sequence, (token, right, margin) in enumerate(zip(answer.first_tokens, truth.tokens, truth.margins, strict=True)):
         if token != right and margin > MAX_MARGIN * rounding:
             return f"the first token of sequence {sequence} is {token}, not {right}, which leads by {margin:.2e}; one device is off by {rounding:.1e}"
     return None
-
-
-def _wrong_experts(answer: Answer, truth: Solution, yardstick: Solution) -> str | None:
-    """A choice of experts that rounding does not excuse: those of fp64 lead by more than that.
-
-    A score that is off in its last bit can flip a choice, and the answer with it. So the experts that the ranks used are used on one device
-    too, and what is left to judge are the choices: another one is right where scores, each off as on one device, can turn the lead around.
-    """
-    if answer.routed is None or truth.choices is None or yardstick.choices is None:
-        return None
-    if answer.routed.disagreed:
-        return f"ranks choose different experts for {answer.routed.disagreed} tokens"
-    right, used = truth.choices.experts_LNK, answer.routed.experts_LNK
-    rounding = _max_error(yardstick.choices.scores_LNE, truth.choices.scores_LNE)
-    leads = torch.where((right != used).any(2), truth.choices.margins_LN, 0.0)
-    layer, token = divmod(int(leads.argmax()), leads.shape[1])
-    lead = float(leads[layer, token])
-    if lead <= MAX_MARGIN * rounding:
-        return None
-    which = f"token {token} has the experts {used[layer, token].tolist()} in layer {layer}, not {right[layer, token].tolist()}"
-    return f"{which}, which lead by {lead:.2e}; scores of one device are off by {rounding:.1e}"
 
 
 def _where(answer: Answer, errors: dict[int, float], truth: Tensor) -> str:

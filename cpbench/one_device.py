@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from cpbench.cell import Cell
+from cpbench.choices import ChoiceLog, Choices, Forced, choices_of
 from cpbench.kernels import load_kernel
 from cpbench.kernels.accumulate import Accumulator
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
-from cpbench.models.router import RoutingLog
 from cpbench.program import Program, alone, run_locally
-from cpbench.routed import Choices, choices_of
 from cpbench.segments import causal_segments, place
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import cached_rows, laid_out, row_index
 
+NOTHING = Forced()
 KEPT = 8  # answers; those of one batch for two dtypes and two tensor-parallel degrees
 
 
@@ -36,7 +36,8 @@ class Solution:
     logits: Tensor | None = None
     tokens: tuple[int, ...] = ()
     margins: tuple[float, ...] = ()
-    choices: Choices | None = None  # of the routers, whatever experts were used
+    experts: Choices | None = None  # of the routers, whatever was used
+    keys: Choices | None = None  # of the queries
 
 
 class OneDevice:
@@ -46,23 +47,24 @@ class OneDevice:
         self.device = device
         self._kept: dict[tuple[object, ...], Solution] = {}
 
-    def truth(self, cell: Cell, experts_LNK: Tensor | None = None) -> Solution:
-        """The cell in fp64 on one rank, from the values that the cell's dtype can hold, with these experts instead of its own."""
+    def truth(self, cell: Cell, forced: Forced = NOTHING) -> Solution:
+        """The cell in fp64 on one rank, from the values that the cell's dtype can hold, with these choices instead of its own."""
         single, rounded_to = _single(cell, Layout(), "float64"), getattr(torch, cell.dtype)
-        key = single, cell.dtype, _bytes(experts_LNK)
-        return self._get(key, lambda: _solve(single, load_kernel("reference"), self.device, rounded_to, experts_LNK))
+        key = single, cell.dtype, _bytes(forced)
+        return self._get(key, lambda: _solve(single, load_kernel("reference"), self.device, rounded_to, forced))
 
-    def yardstick(self, cell: Cell, kernel: Kernel, experts_LNK: Tensor | None = None) -> Solution:
-        """The cell in its dtype with its partial sums, with these experts instead of its own."""
+    def yardstick(self, cell: Cell, kernel: Kernel, forced: Forced = NOTHING) -> Solution:
+        """The cell in its dtype with its partial sums, with these choices instead of its own."""
         single = _single(cell, Layout(dp=cell.layout.dp, tp=cell.layout.tp), cell.dtype)
-        return self._get((single, kernel.name, _bytes(experts_LNK)), lambda: _solve(single, kernel, self.device, None, experts_LNK))
+        return self._get((single, kernel.name, _bytes(forced)), lambda: _solve(single, kernel, self.device, None, forced))
 
     def own_tokens_only(self, cell: Cell) -> Tensor:
         """In fp64: the attention [N, M] in which every context-parallel rank sees its own tokens and what it has cached, in packed order."""
         kernel = load_kernel("reference")
         program = Program(_single(cell, Layout(), "float64"), alone(), kernel, self.device, rounded_to=getattr(torch, cell.dtype))
         q_THD, rows_SW = program.attention_inputs()
-        (k_SGD, v_SGE), (cached_k, cached_v) = program.open_rows(rows_SW), program.open_rows(program.cached_inputs(0))
+        open_rows = program.open_rows()
+        (k_SGD, v_SGE), (cached_k, cached_v) = open_rows(rows_SW), open_rows(program.cached_inputs(0))
         rows = q_THD.new_empty(*q_THD.shape[:2], v_SGE.shape[2])
         for dp, cp in product(range(cell.layout.dp), range(cell.layout.cp)):
             steps = cell.parts[dp].cell.steps
@@ -92,23 +94,24 @@ def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
     return replace(plain, layout=layout, strategy="none", partition="contiguous", dtype=dtype)
 
 
-def _bytes(experts_LNK: Tensor | None) -> bytes:
-    return b"" if experts_LNK is None else experts_LNK.cpu().numpy().tobytes()
+def _bytes(forced: Forced) -> tuple[bytes, ...]:
+    return tuple(b"" if chosen is None else chosen.cpu().numpy().tobytes() for chosen in forced)
 
 
-def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None, experts_LNK: Tensor | None) -> Solution:
+def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None, forced: Forced) -> Solution:
     """All ranks of a layout without context parallelism and stages, put together: tokens and sequences by DP group, heads and logits by TP rank."""
-    log = RoutingLog(forced_LNK=experts_LNK) if cell.has_experts else None
-    answers, layout = run_locally(cell, kernel, device, rounded_to, log), cell.layout
+    routers, selections = ChoiceLog(forced_LNK=forced.experts_LNK), ChoiceLog(forced_LNK=forced.keys_LNK)
+    answers, layout = run_locally(cell, kernel, device, rounded_to, routers, selections), cell.layout
     shards = [[answers[layout.rank_of(dp=dp, tp=tp)][1] for tp in range(layout.tp)] for dp in range(layout.dp)]
     order = torch.cat([answers[layout.rank_of(dp=dp)][0] for dp in range(layout.dp)]).argsort()
-    choices = choices_of(cell, log.notes) if log else None
+    experts, keys = (choices_of(log.notes, cell.layers, cell.tokens) for log in (routers, selections))
     parts = [[output.rows.flatten(1) for output in group] for group in shards]
     rows = torch.cat([torch.cat(group, 1) if cell.target == "attention" else group[0] for group in parts])[order]
     firsts = [[output.first for output in group if output.first is not None] for group in shards]
     if not any(firsts):
-        return Solution(rows, choices=choices)
+        return Solution(rows, experts=experts, keys=keys)
     sequences = [sequence for part in cell.parts for sequence in part.sequences]
     logits = torch.cat([torch.cat([shard.logits_BV for shard in group], 1) for group in firsts if group])
     first = sorted((s, t, m) for s, (t, m) in zip(sequences, (pair for g in firsts if g for pair in zip(g[0].tokens, g[0].margins, strict=True)), strict=True))
-    return Solution(rows, logits[torch.tensor(sequences).argsort()], tuple(token for _, token, _ in first), tuple(margin for _, _, margin in first), choices)
+    tokens, leads = tuple(token for _, token, _ in first), tuple(margin for _, _, margin in first)
+    return Solution(rows, logits[torch.tensor(sequences).argsort()], tokens, leads, experts, keys)

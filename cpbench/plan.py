@@ -143,7 +143,14 @@ def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> Planne
 
 def unsupported(cell: Cell) -> str | None:
     """Why a cell can run on no machine, with the nearest valid value; None if it can."""
-    return layout_reason(cell) or strategy_reason(cell) or _memory_reason(cell)
+    return layout_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or _memory_reason(cell)
+
+
+def _kernel_reason(cell: Cell) -> str | None:
+    """Why a kernel that was named does not attend in this model."""
+    if cell.shape.top_k and cell.kernel != "auto":
+        return f"{cell.kernel} attends to ranges of keys, and queries of {cell.config.name} select theirs; the nearest valid value is kernel=auto"
+    return None
 
 
 def _memory_reason(cell: Cell) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from cpbench.buffers import Buffers
 from cpbench.cache import KVCache, StepCache
 from cpbench.cell import Cell
+from cpbench.choices import ChoiceLog
 from cpbench.communicator import Communicator
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import Groups, local_groups
@@ -29,13 +30,16 @@ from cpbench.models.decoder import FirstTokens, Slice
 from cpbench.models.held import Models
 from cpbench.models.latent import absorb_queries, kv_b_weight, latent_rows, release_outputs
 from cpbench.models.rope import softmax_scale
-from cpbench.models.router import Routing, RoutingLog
+from cpbench.models.router import Routing
 from cpbench.models.weights import RandomWeights
 from cpbench.paging import BlockTable, plan_cache
 from cpbench.pipeline import Pipeline
+from cpbench.segments import place
+from cpbench.selective_attention import IndexQueries, SelectiveAttention
 from cpbench.sharding import Unit, dispatch_of, unit_of, unit_places
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import Context, OpenRows, ParallelAttention, cached_rows, keys_and_values, row_index, row_values
+from cpbench.visible import in_order
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Program:
         self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)
         self.tokens = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
         self.cache, caches = self._cache()
-        self.log = RoutingLog()
+        self.log, self.selections = ChoiceLog(), ChoiceLog()
         self.steps = self._steps(kernel, caches)
         self.models = models or Models()
         self.inputs: list[Tensor] = []
@@ -143,15 +147,24 @@ class Program:
                 steps.append(Step(row_index([], self.device), slice(first, first), {}, None, communicator))
                 continue
             step = self.part.steps[index]
-            strategy, split = STRATEGIES[step.strategy], step.split
+            split = step.split
             done = [prefix + length for prefix, length in zip(step.prefixes, step.lengths, strict=True)]
             last_rows = {sequence: row for sequence, row in split.last_rows(cp_rank).items() if done[sequence] == totals[sequence]}
             context = Context(self.groups, kernel, self.buffers, caches[index], self.scale, self.cell.shape)
-            attention = ParallelAttention(strategy, strategy.plan(step, cp_rank), context)
             mine = slice(first, first + split.rows(cp_rank))
+            attention = self._attention_of(step, context, self.tokens[mine])
             steps.append(Step(row_index(split.positions(cp_rank), self.device), mine, last_rows, attention, communicator))
             first = mine.stop
         return steps
+
+    def _attention_of(self, step: Cell, context: Context, tokens_n: Tensor) -> ParallelAttention:
+        """The strategy of a step with its plan; where keys are selected, with the order of those that it brings."""
+        strategy, cp_rank = STRATEGIES[step.strategy], self.place.cp
+        plan = strategy.plan(step, cp_rank)
+        if not step.shape.top_k:
+            return ParallelAttention(strategy, plan, context)
+        order = in_order(place(step.split.ranks[cp_rank]), strategy.collected(step, cp_rank))
+        return SelectiveAttention(strategy, plan, context, order, tokens_n, self.selections)
 
     def _to_experts(self, index: int) -> tuple[Unit, Routing] | tuple[()]:
         """Which ranks see the same tokens at the experts in a step, and what the routers need there; nothing where there are no experts."""
@@ -197,21 +210,31 @@ class Program:
         """What makes K and V from latents in the first layer."""
         return kv_b_weight(self.cell.config, self.weights, "model.layers.0.self_attn", self.slice.attention)
 
-    @property
-    def open_rows(self) -> OpenRows:
-        """What opens the rows of `attention_inputs`."""
+    def index_queries(self) -> IndexQueries:
+        """What the tokens of this rank select keys by, where attention runs alone."""
+        indexer = self.cell.config.indexer
+        assert indexer is not None, "a model with an indexer"
+        q_nX = self.weights.values("index_q", self.tokens, torch.arange(indexer.heads * indexer.dim), 1.0)
+        gates_nH = self.weights.values("index_gates", self.tokens, torch.arange(indexer.heads), 1.0)
+        return IndexQueries(q_nX.unflatten(1, (indexer.heads, indexer.dim)), gates_nH.to(torch.promote_types(self.dtype, torch.float32)))
+
+    def open_rows(self, absorbed: bool = False) -> OpenRows:
+        """What opens the rows of `attention_inputs`: for its queries as they are, or as they are absorbed."""
         config = self.cell.config
-        return keys_and_values(config.head_dim) if config.latent is None else latent_rows(self.latent_weight, config.latent, self.slice.absorbed)
+        return keys_and_values(config.head_dim) if config.latent is None else latent_rows(self.latent_weight, config.latent, absorbed)
 
     def _attention(self) -> Callable[[], Output]:
         """Attention alone: rows lie where a model would have written them. Chunks share that place, so theirs are put there in the pass."""
         q, new_rows = self.attention_inputs()
-        open_rows, latent = self.open_rows, self.cell.config.latent if self.slice.absorbed else None
+        open_rows, latent = self.open_rows(self.slice.absorbed), self.cell.config.latent if self.slice.absorbed else None
         self.parameters = [self.latent_weight] if self.cell.config.latent else []
         if latent is not None:
             q = absorb_queries(q, self.latent_weight, latent)
         self.inputs = [q]
         config = self.cell.config
+        index = self.index_queries() if config.indexer else None
+        if index is not None:
+            self.inputs += [index.q_nHD, index.gates_nH]
         nothing = q.new_empty(0, q.shape[1], config.head_dim if config.latent is None else config.latent.v_dim)  # the output of no rows
         steps = [(step.rows, step.attention) for step in self.steps if step.attention is not None]
         if len(steps) > 1:
@@ -226,8 +249,11 @@ class Program:
                 n = part.stop - part.start
                 rows = attention.rows(0, (n, row_values(self.cell)), q)
                 if len(steps) > 1:
-                    rows.copy_(self.inputs[1][part])
-                outputs.append(attention.attend(q[part], rows, open_rows, 0))
+                    rows.copy_(self.inputs[-1][part])
+                if index is not None and isinstance(attention, SelectiveAttention):
+                    outputs.append(attention.collect(rows, 0)().answer(IndexQueries(index.q_nHD[part], index.gates_nH[part]), q[part]))
+                else:
+                    outputs.append(attention.attend(q[part], rows, open_rows, 0))
                 if latent is not None:
                     outputs[-1] = release_outputs(outputs[-1], self.latent_weight, latent)
                 self._settle(outputs)
@@ -306,20 +332,26 @@ def alone() -> Groups:
 
 
 def run_locally(
-    cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.dtype | None = None, log: RoutingLog | None = None
+    cell: Cell,
+    kernel: Kernel,
+    device: torch.device,
+    rounded_to: torch.dtype | None = None,
+    routers: ChoiceLog | None = None,
+    selections: ChoiceLog | None = None,
 ) -> list[tuple[Tensor, Output]]:
-    """Every rank's (token indices, output), all ranks as threads of this process. `log` forces experts, and gets what the routers noted."""
+    """Every rank's (token indices, output), all ranks as threads of this process. A log forces choices, and gets what was noted of them."""
     world = LocalWorld(cell.world_size)
 
     def rank_program(rank: int) -> Any:
         program = Program(cell, local_groups(cell.layout, world, rank), kernel, device, rounded_to=rounded_to)
         program.keeps_rows = True
         program.prepare()
-        if log is not None:
-            program.log.watch(detailed=True, forced_LNK=log.forced_LNK)
+        logs = [(own, given) for own, given in ((program.log, routers), (program.selections, selections)) if given is not None]
+        for own, given in logs:
+            own.watch(detailed=True, forced_LNK=given.forced_LNK)
         output = program.run()
-        if log is not None:
-            log.notes += program.log.notes
+        for own, given in logs:
+            given.notes += own.stop()
         return program.tokens, output
 
     return world.run(rank_program)

@@ -24,8 +24,7 @@ from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError, unknown
-from cpbench.kernels import load_kernel, pick_kernel
-from cpbench.kernels.base import Kernel
+from cpbench.kernels import kernel_of, load_kernel
 from cpbench.measure.device import open_device
 from cpbench.models.config import ModelConfig
 from cpbench.models.held import Models
@@ -286,12 +285,6 @@ class Verifier:
         if not check.passed:
             return Row(cell, "wrong", check.reason, check)
         return Row(cell, "off" if cell.cp_off else "ok", cell.cp_off, check)
-
-
-def kernel_of(cell: Cell) -> Kernel:
-    """The kernel that a cell runs with."""
-    shape = cell.shape
-    return pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
 
 
 def _raised(error: Exception) -> str:

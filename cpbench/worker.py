@@ -30,7 +30,7 @@ from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.distributed.observe import OPERATIONS, Observation
 from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import Sent, flops_of_rank, live_bytes, new_rows, score_pairs, traffic
-from cpbench.kernels import load_kernel, pick_kernel
+from cpbench.kernels import dispatched, kernel_of
 from cpbench.kernels.base import Kernel
 from cpbench.layout import AXES
 from cpbench.measure.device import Device, open_device
@@ -116,8 +116,7 @@ def run_entry(job: Job, entry: dict[str, Any], mesh: Mesh, device: Device) -> No
 
 def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: int, verify: bool) -> dict[str, Any]:
     """The record of one round of one cell."""
-    shape = cell.shape
-    kernel = pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
+    kernel = kernel_of(cell)
     record: dict[str, Any] = {
         "status": "ok",
         "reason": None,
@@ -126,7 +125,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "stop": "",
         "first_call_s": None,
         "flops_per_rank": max(flops_of_rank(cell, rank) for rank in range(cell.world_size)),
-        "kernel": kernel.dispatched(cell.dtype, shape.qk_dim, shape.v_dim),
+        "kernel": dispatched(cell, kernel),
         "tokens_per_rank": cell.max_rows,
         "cp_active": cell.cp_off is None,
         "cp_off_reason": cell.cp_off,

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from cpbench.errors import unknown
 
 if TYPE_CHECKING:
+    from cpbench.cell import Cell
     from cpbench.kernels.base import Kernel
+
+SELECTED = "sparse_latent"  # what attends to selected keys; no kernel above does
 
 KERNELS = {  # name -> module and class; `auto` takes the first that is available
     "flash3": "cpbench.kernels.flash3:Flash3",
@@ -33,3 +36,14 @@ def load_kernel(name: str) -> Kernel:
 def pick_kernel(device: str, dtype: str, dim_qk: int, dim_v: int) -> Kernel:
     """The first registered kernel that can run here. `reference` always can."""
     return next(kernel for kernel in map(load_kernel, KERNELS) if kernel.available(device, dtype, dim_qk, dim_v) is None)
+
+
+def kernel_of(cell: Cell) -> Kernel:
+    """The kernel that a cell runs with."""
+    shape = cell.shape
+    return pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
+
+
+def dispatched(cell: Cell, kernel: Kernel) -> str:
+    """What really attends in a cell."""
+    return SELECTED if cell.shape.top_k else kernel.dispatched(cell.dtype, cell.shape.qk_dim, cell.shape.v_dim)

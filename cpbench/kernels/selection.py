@@ -3,58 +3,23 @@
 Scores are made for a tile of queries at a time and forgotten once its best keys are known, so memory grows with the number of keys and
 not with its square. Whoever shares the work, the answer is the same: every product has the shape of a whole tile, whatever is left of
 the queries or keys, since libraries choose the order of a sum by the shape of the product; and equal scores go to the lowest position.
-This module decides what is selected, not what becomes of it (sparse_latent.py), nor how q and k are made (models/indexer.py).
+This module decides what is selected, not among which keys (visible.py), what becomes of it (sparse_latent.py), nor how q and k are made.
 
     n query rows   S key rows   H heads of the indexer   D head size   K selected keys   t queries and s keys of a tile
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.buffers import Buffers
-from cpbench.segments import PlacedBlock, Span
-
-
-class Visible(NamedTuple):
-    """Query row r of `queries` sees the first `first + r * step` of the key rows `keys`, which lie in order of position.
-
-    `step` is that of the queries' positions: 1 for contiguous and zigzag blocks, cp for interleaved ones.
-    """
-
-    queries: Span
-    keys: Span
-    first: int
-    step: int = 1
-
-    def seen(self, row: int) -> int:
-        """Keys that the given row sees, counted from the block's first."""
-        return self.first + row * self.step
-
-    def rows_seeing(self, keys: int) -> int:
-        """How many rows see at most so many keys. They are the first ones."""
-        return min(max(0, (keys - self.first) // self.step + 1), self.queries.rows)
-
-
-class Tile(NamedTuple):
-    """Queries and keys whose scores are computed in one product."""
-
-    queries: int
-    keys: int
-
+from cpbench.visible import TILES, Tile, Visible, require_visible
 
 NARROW = (torch.float16, torch.bfloat16)
-TILES = {"cpu": Tile(32, 512), "cuda": Tile(256, 2048)}  # cpu: the scores of 64 heads in 4 MiB, where one product reaches 95% of a large one
-
-
-def visible_keys(blocks: Iterable[PlacedBlock], keys: Mapping[int, Span]) -> tuple[Visible, ...]:
-    """What the query blocks of a rank see, where sequence s has the key rows `keys[s]`, from its first cached token on."""
-    return tuple(Visible(Span(row, row + block.rows), keys[block.sequence], block.start + 1, block.step) for block, row in blocks if block.rows)
 
 
 def select(
@@ -86,19 +51,12 @@ def select(
     return ids_nK
 
 
-def require_visible(blocks: Sequence[Visible]) -> None:
-    """Raises ValueError for a block whose queries see no key, or more than it has."""
-    for block in blocks:
-        if block.first < 1 or block.step < 1 or block.seen(block.queries.rows - 1) > block.keys.rows:
-            raise ValueError(f"{block} does not see between 1 and {block.keys.rows} keys")
-
-
 class _Scores:
     """Scores of one tile of queries to the keys they see, in space that all tiles share."""
 
     def __init__(self, tile: Tile, like_nHD: Tensor, blocks: Sequence[Visible], buffers: Buffers) -> None:
         self.tile = tile
-        longest = max((block.seen(block.queries.rows - 1) for block in blocks), default=0)
+        longest = max((block.most for block in blocks), default=0)
         wide = torch.promote_types(like_nHD.dtype, torch.float32)
         self._products_tHs = buffers.get("select_products", (tile.queries, like_nHD.shape[1], tile.keys), like_nHD, wide)
         self._scores_tS = buffers.get("select_scores", (tile.queries, -(-longest // tile.keys) * tile.keys), like_nHD, wide)

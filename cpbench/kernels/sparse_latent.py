@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from cpbench.buffers import Buffers
-from cpbench.kernels.selection import Visible, operand, product, require_visible
+from cpbench.kernels.selection import operand, product
 from cpbench.segments import Span
-
-TILE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # of gathered rows, scores and results
+from cpbench.visible import TILE_BYTES, Visible, pieces, require_visible, rows_attending_to_all, rows_attending_to_selected
 
 
 def attend_selected(
@@ -46,20 +45,14 @@ def attend_selected(
     values = (tile_bytes or TILE_BYTES[q_nHW.device.type]) // tiles.wide.itemsize
     for block in blocks:
         seeing_all = block.rows_seeing(top_k)
-        for first, last in _pieces(0, seeing_all, values // (heads * (min(top_k, block.keys.rows) + kv_rank))):
+        for first, last in pieces(0, seeing_all, rows_attending_to_all(block, (heads, kv_rank), top_k, values)):
             rows = slice(block.queries.start + first, block.queries.start + last)
             seen = range(block.seen(first), block.seen(last - 1) + 1, block.step)
             out_nHR[rows], lse_Hn[:, rows] = tiles.attend_all(operand(q_nHW[rows]), block.keys, seen)
-        for first, last in _pieces(seeing_all, block.queries.rows, values // ((heads + width) * top_k + heads * kv_rank)):
+        for first, last in pieces(seeing_all, block.queries.rows, rows_attending_to_selected((heads, width, kv_rank), top_k, values)):
             rows = slice(block.queries.start + first, block.queries.start + last)
             out_nHR[rows], lse_Hn[:, rows] = tiles.attend(operand(q_nHW[rows]), ids_nK[rows])
     return out_nHR, lse_Hn
-
-
-def _pieces(first: int, last: int, rows: int) -> list[tuple[int, int]]:
-    """[first, last) in pieces of `rows` rows, at least one."""
-    rows = max(1, rows)
-    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
 class _Tiles:

@@ -140,6 +140,8 @@ class ModelConfig:
     def reduced(self) -> ModelConfig:
         """The same heads and rules with a narrow width and two layers at most: what numerics are checked on where the model is wide."""
         smaller = replace(self, hidden=min(self.hidden, 256), layers=min(self.layers, 2), intermediate=min(self.intermediate, 512), vocab=min(self.vocab, 8192))
+        if self.indexer is not None:  # so few that short sequences have keys to leave out
+            smaller = replace(smaller, indexer=replace(self.indexer, top_k=min(self.indexer.top_k, 48)))
         if self.experts is None:
             return smaller
         width = self.experts.intermediate

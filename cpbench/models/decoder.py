@@ -7,9 +7,9 @@ the parallel attention inside one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -17,11 +17,14 @@ from cpbench.cell import Cell
 from cpbench.communicator import Communicator
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
+from cpbench.models.indexer import LightningIndexer
 from cpbench.models.latent import MultiHeadLatentAttention
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import cos_sin
+from cpbench.models.router import Router
+from cpbench.models.sparse import SparseLatentAttention
 from cpbench.models.weights import Weights
 from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
@@ -54,12 +57,14 @@ class Slice:
         attention, mlp, vocabulary = (shard_of(layout, place, axes) for axes in (GroupedQueryAttention.axes, DenseMLP.axes, VOCABULARY))
         embedding, head = ends and place.pp == 0, ends and place.pp == layout.pp - 1
         experts, columns = (shard_of(layout, place, (axis,)) if cell.config.experts else Shard(0, 1) for axis in ("ep", "moe_tp"))
-        return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, experts, columns, cell.mla == "absorbed")
+        return cls(cell.stage_layers(place.pp), embedding, head, attention, mlp, vocabulary, experts, columns, cell.absorbed)
 
 
 def _attention(config: ModelConfig, weights: Weights, prefix: str, part: Slice) -> GroupedQueryAttention | MultiHeadLatentAttention:
     if config.latent is None:
         return GroupedQueryAttention(config, weights, prefix, part.attention)
+    if config.indexer is not None:
+        return SparseLatentAttention(config, weights, prefix, part.attention)
     return MultiHeadLatentAttention(config, weights, prefix, part.attention, part.absorbed)
 
 
@@ -143,8 +148,16 @@ class Decoder:
 
     def parameters(self) -> list[Tensor]:
         """Every weight tensor held, each once."""
-        found: dict[int, Tensor] = {}
-        for holder in [self, *self.layers, *(part for layer in self.layers for part in (layer.attention, layer.mlp))]:
-            held = holder.parameters() if isinstance(holder, SparseMLP) else vars(holder).values()
-            found |= {id(value): value for value in held if isinstance(value, torch.Tensor)}
-        return list(found.values())
+        return list({id(tensor): tensor for tensor in _tensors(self)}.values())
+
+
+PARTS = (list, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """The tensors of a part of a model, and of the parts that it has."""
+    for value in part if isinstance(part, list) else vars(part).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, PARTS):
+            yield from _tensors(value)

@@ -63,8 +63,14 @@ class MultiHeadLatentAttention:
 
     def _queries(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[n, h, N + P], the last P values rotated."""
-        if self.sizes.q_rank is not None:
-            x_nM = rms_norm(F.linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
+        return self._heads(x_nM if self.sizes.q_rank is None else self._low_rank(x_nM), cos, sin)
+
+    def _low_rank(self, x_nM: Tensor) -> Tensor:
+        """What queries of all heads are made from, normed: [n, q_rank]."""
+        return rms_norm(F.linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
+
+    def _heads(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[n, h, N + P], of the input or of what `_low_rank` made of it."""
         q_nhD: Tensor = F.linear(x_nM, self.q_weight).unflatten(1, (len(self.heads), -1))
         part = q_nhD[..., self.sizes.nope_dim :]
         rotate_neighbours(part.clone(), cos, sin, part)
@@ -92,12 +98,12 @@ def latent_rows(weight_hOR: Tensor, sizes: LatentAttention, absorbed: bool) -> O
     """Opens rows [S, R + P]: expanded into K [S, h, N + P] and V [S, h, E] of the heads asked for; absorbed as views [S, 1, R + P] and [S, 1, R]."""
 
     def absorbed_rows(rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]:
-        return rows_SW[:, None], rows_SW[:, None, : sizes.kv_rank]
+        return rows_SW[:, None, : sizes.row_values], rows_SW[:, None, : sizes.kv_rank]  # an indexer's key may lie behind them
 
     def expanded_rows(rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]:
         weight = weight_hOR if heads is None else weight_hOR[heads.start : heads.stop]
         kv_ShO = F.linear(rows_SW[:, : sizes.kv_rank], weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
-        rotated = rows_SW[:, None, sizes.kv_rank :].expand(-1, weight.shape[0], -1)
+        rotated = rows_SW[:, None, sizes.kv_rank : sizes.row_values].expand(-1, weight.shape[0], -1)
         return torch.cat([kv_ShO[..., : sizes.nope_dim], rotated], 2), kv_ShO[..., sizes.nope_dim :]
 
     return absorbed_rows if absorbed else expanded_rows

@@ -100,11 +100,6 @@ class SparseMLP:
                 rows_pM.copy_(activated(F.linear(rows_pM, self.gate_up_weight[index]), self.down_weight[index]))
         return x_PM
 
-    def parameters(self) -> list[Tensor]:
-        """Every weight tensor held."""
-        holders = [self, self.router, *([self.shared] if self.shared else [])]
-        return [value for holder in holders for value in vars(holder).values() if isinstance(value, Tensor)]
-
 
 def grouped_gemm(x_PM: Tensor) -> bool:
     """Whether PyTorch computes a GEMM per expert in one kernel for such rows: bf16 on CUDA."""

@@ -2,7 +2,7 @@
 
 The numbers of the released models are those of their published config.json files; `qwen3-tiny` is ours: 8 query heads so that eight
 Ulysses ranks have one each, 2 kv heads so that kv heads are replicated, small enough for a laptop. `qwen3-moe-tiny` is the same with experts,
-and the tiny DeepSeeks have latent attention and experts that are chosen in groups.
+and the tiny DeepSeeks have latent attention, experts that are chosen in groups, and as V3.2 an indexer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.errors import unknown
-from cpbench.models.config import Experts, LatentAttention, ModelConfig, Yarn
+from cpbench.models.config import Experts, Indexer, LatentAttention, ModelConfig, Yarn
 from cpbench.models.hugging_face import from_hugging_face
 
 # fmt: off
@@ -38,6 +38,11 @@ _CONFIGS = [
                 experts=Experts(64, 6, 1408, shared=2, first=1, normalised=False)),
     ModelConfig("deepseek-v2",   5120,   60,  128, 128, 192,  12288, 102400, **_DEEPSEEK, latent=_LATENT, yarn=_V2_YARN, experts=_V2_EXPERTS),
     ModelConfig("deepseek-v3",   7168,   61,  128, 128, 192,  18432, 129280, **_DEEPSEEK, latent=_LATENT, yarn=_V3_YARN, experts=_V3_EXPERTS),
+    ModelConfig("deepseek-v3.2-tiny", 256, 4,   8,  8,   48,    512,   8192, **_DEEPSEEK, latent=LatentAttention(64, 16, 32, 32, q_rank=96),
+                experts=Experts(16, 4, 128, shared=1, first=1, groups=4, top_groups=2, scoring="sigmoid", correction=True, scale=2.5),
+                indexer=Indexer(4, 32, 64)),
+    ModelConfig("deepseek-v3.2", 7168,   61,  128, 128, 192,  18432, 129280, **_DEEPSEEK, latent=_LATENT, yarn=_V3_YARN, experts=_V3_EXPERTS,
+                indexer=Indexer(64, 128, 2048)),
     ModelConfig("llama3-8b",     4096,   32,   32,  8,  128,  14336, 128256, qk_norm=False, rope_theta=5e5, norm_eps=1e-5),
     ModelConfig("llama3-70b",    8192,   80,   64,  8,  128,  28672, 128256, qk_norm=False, rope_theta=5e5, norm_eps=1e-5),
 ]

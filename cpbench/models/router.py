@@ -10,12 +10,13 @@ Shapes: n rows, M hidden, E experts, K chosen ones, G groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.choices import ChoiceLog, Note
 from cpbench.experts import RouterRule
 from cpbench.models.config import Experts, ModelConfig
 from cpbench.models.weights import RandomWeights, Weights
@@ -30,49 +31,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Note:
-    """What one router chose in one step: how many rows each expert got; in detail the tokens, the experts used and those it would have used,
-    the scores that it chose by, and by how much the last expert (or group) chosen leads the first one left out."""
-
-    layer: int
-    loads: list[int]
-    tokens_n: Tensor | None = None
-    used_nK: Tensor | None = None
-    own_nK: Tensor | None = None
-    scores_nE: Tensor | None = None
-    margins_n: Tensor | None = None
-
-
-@dataclass
-class RoutingLog:
-    """The notes of a rank's routers, in the order of steps and layers, taken only while somebody watches: timed passes pay nothing.
-
-    `forced` [layers, tokens, K]: experts to use in place of the routers' own choice, for answers that differ in rounding only.
-    """
-
-    watching: bool = False
-    detailed: bool = False
-    forced_LNK: Tensor | None = None
-    notes: list[Note] = field(default_factory=list)
-
-    def watch(self, *, detailed: bool = False, forced_LNK: Tensor | None = None) -> None:
-        """Note the choices of the next pass."""
-        self.watching, self.detailed, self.forced_LNK, self.notes = True, detailed, forced_LNK, []
-
-    def stop(self) -> list[Note]:
-        """Note no more. Returns what was noted."""
-        self.watching = False
-        return self.notes
-
-
-@dataclass(frozen=True)
 class Routing:
     """What the routers of one step need beside rows. `tokens_n`: the place in the batch of each row that this rank routes."""
 
     rule: RouterRule
     seed: int
     tokens_n: Tensor
-    log: RoutingLog
+    log: ChoiceLog
 
 
 class Router:

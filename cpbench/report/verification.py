@@ -20,11 +20,12 @@ from rich.table import Table
 
 from cpbench.batch import Batch
 from cpbench.cell import Cell
+from cpbench.kernels import kernel_of
 from cpbench.numerics import Check
 from cpbench.report.console import plain
 from cpbench.report.table import MAX_WIDTH
 from cpbench.units import format_count
-from cpbench.verify import Row, kernel_of
+from cpbench.verify import Row
 
 HEARTBEAT_SECONDS = 15.0
 MARK = "*"

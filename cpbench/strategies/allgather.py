@@ -27,6 +27,8 @@ from cpbench.segments import PlacedBlock, Request, Segment, Span, by_queries, ca
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, packed_heads, row_values
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from cpbench.strategies.base import OpenRows
@@ -52,6 +54,7 @@ class AllGather(Strategy):
     name = "allgather"
     summary = "every rank gathers K and V of all ranks in one packed collective"
     partitions = ("zigzag", "contiguous", "interleave")
+    collects = True
 
     def check(self, cell: Cell) -> str | None:
         if cell.kv_heads % cell.head_groups:
@@ -83,17 +86,22 @@ class AllGather(Strategy):
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, layer: int) -> Tensor:
         if plan.head_groups == 1:
-            return _Gather(q_THD, rows_SW, open_rows, plan, context, layer).finish()
+            return _Gather(rows_SW, plan, context, layer).attend(q_THD, open_rows)
         k_SGD, v_SGE = open_rows(rows_SW)
         heads, kv_heads = q_THD.shape[1] // plan.head_groups, k_SGD.shape[1] // plan.head_groups
-        groups = zip(q_THD.split(heads, 1), k_SGD.split(kv_heads, 1), v_SGE.split(kv_heads, 1), strict=True)
-        started = [  # every gather is posted before the first attention
-            _Gather(q, *packed_heads(k, v), plan, context, layer * plan.head_groups + number) for number, (q, k, v) in enumerate(groups)
-        ]
+        packed = [packed_heads(k, v) for k, v in zip(k_SGD.split(kv_heads, 1), v_SGE.split(kv_heads, 1), strict=True)]
+        lanes = range(layer * plan.head_groups, (layer + 1) * plan.head_groups)
+        started = [_Gather(rows, plan, context, lane) for lane, (rows, _) in zip(lanes, packed, strict=True)]  # all before the first attention
         out_THE = q_THD.new_empty(*q_THD.shape[:2], v_SGE.shape[2])
-        for part, gather in zip(out_THE.split(heads, 1), started, strict=True):
-            part.copy_(gather.finish())
+        for part, q, gather, (_, opens) in zip(out_THE.split(heads, 1), q_THD.split(heads, 1), started, packed, strict=True):
+            part.copy_(gather.attend(q, opens))
         return out_THE
+
+    def collected(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        return [*cached_rows(self.cached(cell, rank)), *self.stored(cell, rank)]
+
+    def collect(self, rows_SW: Tensor, plan: GatherPlan, context: Context, layer: int) -> Callable[[], Tensor]:
+        return _Gather(rows_SW, plan, context, layer).arrived
 
     def cache_heads(self, cell: Cell, rank: int) -> tuple[tuple[int, ...], ...]:
         heads = cell.kv_heads // cell.head_groups
@@ -110,6 +118,8 @@ class AllGather(Strategy):
         plan = self.plan(cell, rank)
         gathered = (plan.cached_rows + cell.layout.cp * split.max_rows) * row
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
+        if cell.shape.top_k:
+            return AttentionMemory(new_rows=gathered, buffers=padded)
         segments = [*plan.own, *plan.cached, *plan.remote]
         merge, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
         grouped = split.rows(rank) * (cell.heads * cell.shape.v_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
@@ -122,10 +132,10 @@ class AllGather(Strategy):
 
 
 class _Gather:
-    """The gather of one group of kv heads, in flight from the start, and the attention that uses it. `lane` names its part of the cache."""
+    """The gather of a step's rows, or of those of one group of kv heads, in flight from the start. `lane` names its part of the cache."""
 
-    def __init__(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, lane: int) -> None:
-        self.q_THD, self.rows_nW, self.open_rows, self.plan, self.context, self.lane = q_THD, rows_nW, open_rows, plan, context, lane
+    def __init__(self, rows_nW: Tensor, plan: GatherPlan, context: Context, lane: int) -> None:
+        self.rows_nW, self.plan, self.context, self.lane = rows_nW, plan, context, lane
         n, width = rows_nW.shape
         self.gathered = context.cache.get(lane, (plan.cached_rows + context.group.size * plan.max_rows, width), rows_nW)
         block = rows_nW
@@ -134,30 +144,42 @@ class _Gather:
             block[:n].copy_(rows_nW)
         self.in_flight = context.group.all_gather(self.gathered[plan.cached_rows :], block)
 
-    def finish(self) -> Tensor:
-        """Attend: out [T, H, E]. Valid until the next group finishes."""
+    def arrived(self) -> Tensor:
+        """Wait: the cached rows, and then those of all ranks in rank order."""
+        self._cached()
+        self.in_flight.wait()
+        self.context.cache.write(self.lane, self.gathered)
+        return self.gathered
+
+    def attend(self, q_THD: Tensor, open_rows: OpenRows) -> Tensor:
+        """Attention to what is here while the rest is on its way: out [T, H, E]. Valid until the next group has attended."""
         from cpbench.kernels.accumulate import Accumulator
 
         size, shape = self.context.cache.page_size, self.context.shape
         if self.plan.requests and size and not shape.opened and self.context.kernel.reads_pages(size, shape.qk_dim, shape.v_dim):
-            return self._in_pages()
+            return self._in_pages(q_THD, open_rows)
         cache, kernel, plan, scale = self.context.cache, self.context.kernel, self.plan, self.context.scale
-        result = Accumulator(self.q_THD.shape[0], self.context.buffers)
-        kernel.attend(self.q_THD, *self.open_rows(self.rows_nW), plan.own, scale, result)
+        result = Accumulator(q_THD.shape[0], self.context.buffers)
+        kernel.attend(q_THD, *open_rows(self.rows_nW), plan.own, scale, result)
         if plan.cached_rows:
-            cached = self.gathered[: plan.cached_rows]
-            cache.read(self.lane, cached)
-            kernel.attend(self.q_THD, *self.open_rows(cached), plan.cached, scale, result)
+            kernel.attend(q_THD, *open_rows(self._cached()), plan.cached, scale, result)
         self.in_flight.wait()
-        kernel.attend(self.q_THD, *self.open_rows(self.gathered), plan.remote, scale, result)
+        kernel.attend(q_THD, *open_rows(self.gathered), plan.remote, scale, result)
         cache.write(self.lane, self.gathered)
         return result.result()
 
-    def _in_pages(self) -> Tensor:
+    def _cached(self) -> Tensor:
+        """The cached rows, in front of those that arrive."""
+        cached = self.gathered[: self.plan.cached_rows]
+        if self.plan.cached_rows:
+            self.context.cache.read(self.lane, cached)
+        return cached
+
+    def _in_pages(self, q_THD: Tensor, open_rows: OpenRows) -> Tensor:
         """Everything into pages, then one call over all blocks of queries."""
         cache = self.context.cache
         self.in_flight.wait()
         cache.write(self.lane, self.gathered)
         pages = cache.pages(self.lane, self.rows_nW.shape[1], self.rows_nW)
-        k, v = (x.unflatten(0, pages.shape[:2]) for x in self.open_rows(pages.flatten(0, 1)))
-        return self.context.kernel.attend_pages(self.q_THD, k, v, cache.tables, self.plan.requests, self.context.scale)[0]
+        k, v = (x.unflatten(0, pages.shape[:2]) for x in open_rows(pages.flatten(0, 1)))
+        return self.context.kernel.attend_pages(q_THD, k, v, cache.tables, self.plan.requests, self.context.scale)[0]

@@ -10,7 +10,7 @@ knows the model. It decides once, from lengths that all ranks know, what each ra
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +62,7 @@ class Strategy(ABC):
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
     divides_group = False  # True: a hybrid, for layouts that cut the group in two
     brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
+    collects = False  # True: it can bring all rows that a rank's queries see, for attention that selects among them
 
     def available(self, device: str, dtype: str) -> str | None:
         """Why it cannot run on a kind of device or with a dtype at all, or what is not installed; None if it can. Imports nothing."""
@@ -73,6 +74,8 @@ class Strategy(ABC):
             return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
         if cell.layout.ulysses > 1 and not self.divides_group:
             return f"{self.name} does not divide its group as {cell.layout} says; use usp or the layout cp{cell.layout.cp}"
+        if cell.shape.top_k and not self.collects:
+            return f"{self.name} merges parts of attention, and {cell.config.name} selects among all keys at once; use allgather"
         return None
 
     def cached(self, cell: Cell, rank: int) -> Blocks:
@@ -97,6 +100,14 @@ class Strategy(ABC):
 
         `rows_SW` are this rank's rows: where it keeps its own rows, the cached ones (placed as `cached_rows` says) and then the new ones.
         """
+
+    def collected(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        """Where the blocks that a rank's queries see lie in what `collect` brings: every token of a sequence up to its last one, once."""
+        raise NotImplementedError
+
+    def collect(self, rows_SW: Tensor, plan: Any, context: Context, layer: int) -> Callable[[], Tensor]:
+        """Start to bring all rows that this rank's queries see: what waits for them, and returns them where `collected` says."""
+        raise NotImplementedError
 
     @abstractmethod
     def traffic(self, cell: Cell, rank: int) -> Traffic:
@@ -160,13 +171,17 @@ class ParallelAttention:
 
     def attend(self, q_THD: Tensor, rows_nW: Tensor, open_rows: OpenRows, layer: int) -> Tensor:
         """Causal attention of this rank's queries to every visible token: out [T, H, E] in q's dtype."""
+        return self.strategy.attend(q_THD, self._with_cached(rows_nW, layer), open_rows, self.plan, self.context, layer)
+
+    def _with_cached(self, rows_nW: Tensor, layer: int) -> Tensor:
+        """This rank's rows with the cached ones in front, where it keeps its own."""
         cache, rows_SW = self.context.cache, rows_nW
         if self._cached:
             rows_SW = self.context.buffers.get("rows", (self._cached + rows_nW.shape[0], rows_nW.shape[1]), rows_nW)
             cache.read(layer, rows_SW[: self._cached])
         if self.strategy.keeps_local_rows:
             cache.write(layer, rows_nW)
-        return self.strategy.attend(q_THD, rows_SW, open_rows, self.plan, self.context, layer)
+        return rows_SW
 
     @property
     def _cached(self) -> int:

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
-from cpbench.segments import Segment, causal_segments, place
+from cpbench.segments import PlacedBlock, Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from cpbench.strategies.base import OpenRows
@@ -20,6 +22,7 @@ class NoParallelism(Strategy):
     summary = "one rank holds every token: the baseline"
     partitions = ("contiguous",)
     keeps_local_rows = True
+    collects = True
 
     def check(self, cell: Cell) -> str | None:
         return f"none is for cp1, not {cell.layout}; use allgather, ring or ulysses" if cell.layout.cp > 1 else super().check(cell)
@@ -35,10 +38,18 @@ class NoParallelism(Strategy):
         context.kernel.attend(q_THD, *open_rows(rows_SW), plan, context.scale, result)
         return result.result()
 
+    def collected(self, cell: Cell, rank: int) -> list[PlacedBlock]:
+        return laid_out(self.cached(cell, rank), cell.split.ranks[rank])
+
+    def collect(self, rows_SW: Tensor, plan: tuple[Segment, ...], context: Context, layer: int) -> Callable[[], Tensor]:
+        return lambda: rows_SW
+
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         return Traffic()
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
+        if cell.shape.top_k:
+            return AttentionMemory()
         merge, transient = calls_memory(cell, cell.split.rows(rank), (cell.heads, cell.kv_heads), self.plan(cell, rank))
         opened = self.opened_rows(cell, rank) * cell.shape.opened_values(cell.heads) * cell.element_bytes
         return AttentionMemory(merge=merge, transient=transient + opened)

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpbench.kernels.selection import Tile, Visible, select, visible_keys
+from cpbench.kernels.selection import select
 from cpbench.measure.memory import LiveTensors
 from cpbench.models.config import Indexer, LatentAttention, ModelConfig
 from cpbench.models.indexer import LightningIndexer, hadamard
 from cpbench.models.weights import RandomWeights
 from cpbench.partition import PARTITIONS, Block, split
 from cpbench.segments import Span, place
+from cpbench.visible import Tile, Visible, visible_keys
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.measure.device import open_device
 from cpbench.measure.memory import measure_peaks
-from cpbench.models.config import Indexer, LatentAttention, ModelConfig, Yarn
+from cpbench.models.config import LatentAttention, ModelConfig, Yarn
 from cpbench.models.held import Models
 from cpbench.models.rope import cos_sin, softmax_scale
 from cpbench.models.weights import token_ids
@@ -128,9 +128,3 @@ def test_yarn_leaves_fast_rotations_and_stretches_slow_ones():
     assert torch.allclose(plain[-8:] / 40, stretched[-8:], rtol=1e-4)
     assert softmax_scale(192, YARN) == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)
     assert softmax_scale(192, replace(YARN, mscale_all_dim=0.707)) == pytest.approx(192**-0.5 * 1.2608**2, rel=1e-4)
-
-
-def test_sparse_attention_is_refused_and_not_computed_as_if_it_were_dense():
-    cell = Cell("prefill", replace(V3, indexer=Indexer(4, 32, 64)), 2, Layout(), "none", "contiguous", "auto", "float32", "cpu", (128,))
-    assert "indexer" in unsupported(cell)
-    assert unsupported(replace(cell, config=V3)) is None

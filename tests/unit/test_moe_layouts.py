@@ -91,7 +91,7 @@ def test_drawn_experts_are_the_same_in_every_layout(router):
         for dispatch in ("gather", "alltoall") if "ep" in name else ("gather",):
             cell = cell_of(Layout.parse(name), QWEN3, router=router, dispatch=dispatch)
             proved(cell)
-            seen.add(run(cell)[0][-1].routed.experts_LNK.numpy().tobytes())
+            seen.add(run(cell)[0][-1].experts.chosen_LNK.numpy().tobytes())
     assert len(seen) == 1
 
 
@@ -104,11 +104,11 @@ def test_narrow_types_round_as_one_device_does(dispatch):
 def test_a_choice_that_rounding_does_not_excuse_is_named():
     cell = cell_of(Layout.parse("cp2/ep2"), QWEN3)
     answers, kernel = run(cell)
-    used = answers[-1].routed.experts_LNK.clone()
+    used = answers[-1].experts.chosen_LNK.clone()
     used[1, 7] = torch.tensor([value for value in range(8) if value not in used[1, 7].tolist()][:3])
-    check = judge([replace(answers[-1], routed=replace(answers[-1].routed, experts_LNK=used))], kernel, ONE_DEVICE)
+    check = judge([replace(answers[-1], experts=replace(answers[-1].experts, chosen_LNK=used))], kernel, ONE_DEVICE)
     assert not check.passed  # the answer is not the one of these experts
-    wrong = replace(answers[-1], routed=replace(answers[-1].routed, disagreed=3))
+    wrong = replace(answers[-1], experts=replace(answers[-1].experts, disagreed=3))
     assert judge([wrong], kernel, ONE_DEVICE).reason == "ranks choose different experts for 3 tokens"
 
 
@@ -138,8 +138,8 @@ def test_a_flip_of_nearly_equal_scores_is_no_error(monkeypatch):
         patch.setattr(Router, "scores", rounded)
         answers, kernel = run(cell_of(Layout.parse("cp2/ep2"), QWEN3, "bfloat16"))
         check = judge(answers, kernel, OneDevice(CPU))
-    own = ONE_DEVICE.truth(answers[-1].cell).choices.experts_LNK
-    assert bool((own != answers[-1].routed.experts_LNK).any()), "nothing was flipped"
+    own = ONE_DEVICE.truth(answers[-1].cell).experts.chosen_LNK
+    assert bool((own != answers[-1].experts.chosen_LNK).any()), "nothing was flipped"
     assert check.passed, check.reason
 
 

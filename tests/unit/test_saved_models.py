@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel
-from cpbench.layout import Layout
+from cpbench.layout import Layout, all_layouts
 from cpbench.models.checkpoint import INDEX, Checkpoint
 from cpbench.models.held import Models
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
 from cpbench.models.weights import token_ids
+from cpbench.plan import unsupported
+from cpbench.strategies import STRATEGIES
 
 transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
 CPU = torch.device("cpu")
@@ -75,7 +78,14 @@ MODELS |= {
         SMALL | LATENT | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
         "90KB",
     ),
+    "deepseek-v3.2": (
+        "DeepseekV32",
+        SMALL | LATENT | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 24},
+        "90KB",  # with few heads many scores are zero, and transformers takes any of those
+    ),
 }
+EVERYWHERE = {"qwen3": 12, "deepseek-v2": 40, "deepseek-v3.2": 40}  # and how many layouts there are at least
+KERNEL = load_kernel("cpu_flash")
 EXPERT_LAYOUTS = [("cp2/ep2", "ring", "zigzag"), ("tp2/ep2", "none", "contiguous"), ("dp2tp2/ep2tp2", "none", "contiguous")]
 LAYOUTS = [
     ("cp1", "none", "contiguous"),
@@ -134,8 +144,21 @@ def answer_of(folder, config, layout, strategy, partition):
 
 
 def cases():
+    """Of the models that do not run on every layout."""
     for name, (_, sizes, _) in MODELS.items():
-        yield from ((name, *layout) for layout in [*LAYOUTS, *(EXPERT_LAYOUTS if "moe_intermediate_size" in sizes else [])])
+        if name not in EVERYWHERE:
+            yield from ((name, *layout) for layout in [*LAYOUTS, *(EXPERT_LAYOUTS if "moe_intermediate_size" in sizes else [])])
+
+
+def every_cell(config, weights):
+    """On every layout of 1, 2 and 4 ranks that the model fits, with every strategy that is at home here."""
+    for layout in (layout for ranks in (1, 2, 4) for layout in all_layouts(ranks, config.experts is not None)):
+        for strategy in ("none", "allgather", "ring", "ulysses", "ulysses-gather", "usp", "pass-q"):
+            one = replace(layout, ulysses=2 if strategy == "usp" and layout.cp % 2 == 0 else 1)
+            partition = STRATEGIES[strategy].partitions[0]
+            cell = Cell("prefill", config, config.layers, one, strategy, partition, "auto", "float32", "cpu", LENGTHS, seed=3, weights=weights)
+            if (strategy == "none") == (layout.cp == 1) and not unsupported(cell):
+                yield cell
 
 
 @pytest.mark.parametrize(("name", "layout", "strategy", "partition"), list(cases()))
@@ -148,6 +171,19 @@ def test_a_saved_model_gives_the_logits_and_first_tokens_of_transformers(checkpo
     assert list(answer.first_tokens) == expected.argmax(1).tolist()
 
 
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_every_layout_of_one_two_and_four_ranks_gives_the_logits_and_first_tokens_of_transformers(checkpoints, name):
+    folder, expected = checkpoints(name)
+    seen = set()
+    for cell in every_cell(from_hugging_face(folder), Checkpoint.open(folder).name):
+        world = LocalWorld(cell.world_size, 60)
+        answer = world.run(lambda rank, cell=cell, world=world: solve(cell, local_groups(cell.layout, world, rank), KERNEL, CPU, Models(str(folder))))[0][-1]
+        assert float((answer.logits - expected).norm() / expected.norm()) < 2e-5, cell.id
+        assert list(answer.first_tokens) == expected.argmax(1).tolist(), cell.id
+        seen.add(str(cell.layout))
+    assert len(seen) >= EVERYWHERE[name]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_parameters_of_a_model_are_those_that_transformers_saves(checkpoints, name):
     folder, _ = checkpoints(name)
@@ -155,16 +191,6 @@ def test_the_parameters_of_a_model_are_those_that_transformers_saves(checkpoints
     stored = {name: entry.shape for name, entry in Checkpoint.open(folder).tensors.items()}
     assert stored == dict(parameters(config, config.layers))
     assert (len({entry.file for entry in Checkpoint.open(folder).tensors.values()}) > 1) == (MODELS[name][2] != "1GB")
-
-
-def test_the_parameters_of_sparse_attention_are_those_that_transformers_saves(tmp_path):
-    sizes = SMALL | LATENT | {"q_lora_rank": 20, "n_group": 4, "topk_group": 2, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8}
-    transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config(**sizes)).save_pretrained(tmp_path)
-    config = from_hugging_face(tmp_path)
-    assert (config.indexer.heads, config.indexer.dim, config.indexer.top_k, config.experts.first) == (4, 16, 8, 1)
-    checkpoint = Checkpoint.open(tmp_path)
-    checkpoint.require(config, config.layers)
-    assert {name: entry.shape for name, entry in checkpoint.tensors.items()} == dict(parameters(config, config.layers))
 
 
 def test_the_predictor_behind_the_last_layer_of_deepseek_v3_is_not_read(checkpoints, tmp_path):

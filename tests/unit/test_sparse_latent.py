@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpbench.kernels.selection import Visible, select, visible_keys
+from cpbench.kernels.selection import select
 from cpbench.kernels.sparse_latent import attend_selected
 from cpbench.measure.memory import LiveTensors
 from cpbench.models.config import Indexer, LatentAttention, ModelConfig
@@ -14,6 +14,7 @@ from cpbench.models.latent import absorb_queries, release_outputs
 from cpbench.models.rope import rotate_neighbours
 from cpbench.partition import split
 from cpbench.segments import Span, place
+from cpbench.visible import Visible, visible_keys
 
 CPU = torch.device("cpu")
 RANK, WIDTH, SCALE = 24, 32, 0.17
