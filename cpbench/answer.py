@@ -65,10 +65,10 @@ def _answer(cell: Cell, groups: Groups, kernel: Kernel, device: torch.device, mo
     notes, selections = program.log.stop(), program.selections.stop()
     experts = sent = keys = None
     if cell.config.experts and cell.has_experts:
-        experts = used_by_all(notes, (cell.layers, cell.tokens, cell.config.experts.top_k), groups.world, device)
+        experts = used_by_all(notes, (cell.layer_range.stop, cell.tokens, cell.config.experts.top_k), groups.world, device)
         sent = sent_rows(cell, shared_loads(cell, notes, groups))
     if cell.shape.top_k:
-        keys = used_by_all(selections, (cell.layers, cell.tokens, cell.shape.top_k), groups.world, device)
+        keys = used_by_all(selections, (cell.layer_range.stop, cell.tokens, cell.shape.top_k), groups.world, device)
     copies, lost = _collect(output.rows.flatten(1), program.tokens, cell, groups)
     prefill = cell.target == "prefill"
     logits, first = (_collect_logits(output, cell, groups), first_tokens(output, cell, groups)) if prefill else (None, [])

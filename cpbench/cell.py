@@ -196,12 +196,20 @@ class Cell:
 
     def stage_layers(self, stage: int) -> range:
         """The decoder layers of a pipeline stage. Where they do not divide, the first stages have one more."""
-        return range(*cut(self.layers, self.layout.pp)[stage])
+        first, last = cut(self.layers, self.layout.pp)[stage]
+        return self.layer_range[first:last]
+
+    @property
+    def layer_range(self) -> range:
+        """The decoder layers that run. Alone, a layer is of the kind that the model has most of: its first sparse one, if it has experts."""
+        experts = self.config.experts
+        first = experts.first if self.target == "layer" and experts else 0
+        return range(first, first + self.layers)
 
     @property
     def has_experts(self) -> bool:
         """Whether a layer that runs is a mixture of experts."""
-        return self.target != "attention" and self.config.is_sparse(self.layers - 1)
+        return self.target != "attention" and self.config.is_sparse(self.layer_range[-1])
 
     @property
     def paged(self) -> bool:

@@ -65,15 +65,15 @@ def undivided(config: ModelConfig, target: str, dp: int, tp: int) -> str | None:
         what = f"{config.kv_heads} kv heads"
     elif target == "prefill" and config.vocab % tp:
         what = f"{config.vocab} vocabulary rows"
-    elif target != "attention" and (columns := next((width for width in _widths(config) if width % (dp * tp)), None)):
+    elif target != "attention" and (columns := next((width for width in _widths(config, target) if width % (dp * tp)), None)):
         what, over = f"{columns} FFN columns", " x ".join(f"{name}={size}" for name, size in (("dp", dp), ("tp", tp)) if size > 1)
     return what and f"{what} of {config.name} do not divide over {over}"
 
 
-def _widths(config: ModelConfig) -> list[int]:
-    """Columns of what is cut as the dense block is: dense layers, and shared experts."""
+def _widths(config: ModelConfig, target: str) -> list[int]:
+    """Columns of what is cut as the dense block is: dense layers, and shared experts. A layer alone is a sparse one."""
     shared = [config.experts.shared * config.experts.intermediate] if config.experts and config.experts.shared else []
-    return shared if config.is_sparse(0) else [config.intermediate, *shared]
+    return shared if config.experts and (target == "layer" or config.is_sparse(0)) else [config.intermediate, *shared]
 
 
 def experts_undivided(config: ModelConfig, layout: Layout, dispatch: str | None) -> str | None:

@@ -68,7 +68,7 @@ def _flops_of_part(cell: Cell, whole: Cell) -> int:
     rows = cell.tokens * held
     projections = attention_block.projection_flops(cell, rows)
     head = 2 * len(cell.lengths) * config.hidden * config.vocab // layout.tp if cell.target == "prefill" else 0
-    mlp = sum(count * feed_forward.whole_flops(whole, rows, held, layer) for layer, count in config.kinds(range(cell.layers)).items())
+    mlp = sum(count * feed_forward.whole_flops(whole, rows, held, layer) for layer, count in config.kinds(cell.layer_range).items())
     return layout.tp * (cell.layers * (attention + projections) + layout.cp * head) + mlp
 
 

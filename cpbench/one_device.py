@@ -104,7 +104,7 @@ def _solve(cell: Cell, kernel: Kernel, device: torch.device, rounded_to: torch.d
     answers, layout = run_locally(cell, kernel, device, rounded_to, routers, selections), cell.layout
     shards = [[answers[layout.rank_of(dp=dp, tp=tp)][1] for tp in range(layout.tp)] for dp in range(layout.dp)]
     order = torch.cat([answers[layout.rank_of(dp=dp)][0] for dp in range(layout.dp)]).argsort()
-    experts, keys = (choices_of(log.notes, cell.layers, cell.tokens) for log in (routers, selections))
+    experts, keys = (choices_of(log.notes, cell.layer_range.stop, cell.tokens) for log in (routers, selections))
     parts = [[output.rows.flatten(1) for output in group] for group in shards]
     rows = torch.cat([torch.cat(group, 1) if cell.target == "attention" else group[0] for group in parts])[order]
     firsts = [[output.first for output in group if output.first is not None] for group in shards]

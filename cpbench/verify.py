@@ -28,7 +28,7 @@ from cpbench.kernels import kernel_of, load_kernel
 from cpbench.measure.device import open_device
 from cpbench.models.config import ModelConfig
 from cpbench.models.held import Models
-from cpbench.models.presets import load_config
+from cpbench.models.presets import PRESETS, load_config
 from cpbench.numerics import Check, judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
@@ -70,6 +70,9 @@ CONFIGS = {  # query:kv heads; width and vocabulary are small, because attention
     for name, heads, kv_heads, dim in [("8:2", 8, 2, 64), ("8:8", 8, 8, 64), ("8:1", 8, 1, 64), ("24:4", 24, 4, 32), ("12:4", 12, 4, 128)]
 }
 # fmt: on
+CONFIGS |= {
+    name: replace(load_config(name).reduced(), layers=2, vocab=256) for name in ("qwen3-moe-tiny", "deepseek-v2-tiny", "deepseek-v3-tiny", "deepseek-v3.2-tiny")
+}
 EQUAL: Fields = {"batches": [{"lengths": [96, 96]}], "page_size": None}
 UNEVEN: Fields = {"batches": [{"lengths": [101, 67, 130], "prefixes": [0, 40, 17]}]}
 CHUNKED: Fields = {"batches": [{"lengths": [150, 64], "prefixes": [21, 0]}], "chunk": 48}
@@ -86,6 +89,10 @@ MANY_RANKS: tuple[Fields, ...] = (
     {"cp": [4, 8], "tp": [2]},
 )
 STAGES_AND_GROUPS: tuple[Fields, ...] = ({"dp": [2], "cp": [2], "tp": [1, 2]}, {"pp": [2], "cp": [2], "tp": [1]})
+ABSORBED: Fields = {"mla": "absorbed"}
+LATENT = ("deepseek-v2-tiny", "deepseek-v3.2-tiny")
+EXPERTS = ("qwen3-moe-tiny", "deepseek-v3-tiny")
+EXPERT_RANKS: tuple[Fields, ...] = ({"layouts": ["cp2tp2/ep4", "dp2cp2/ep2tp2"]},)
 NARROW = ("float32", "bfloat16")
 RANDOM_BATCHES = 8
 
@@ -106,6 +113,8 @@ GRID = (
     Part((CHUNKED, SHORT)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), NARROW, ranks=({"cp": [4], "tp": [1, 2]},), all_partitions=False),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL), ranks=STAGES_AND_GROUPS, all_partitions=False),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL | ABSORBED), configs=LATENT, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
+    Part((UNEVEN | PREFILL,), configs=EXPERTS, ranks=EXPERT_RANKS, all_partitions=False),
 )
 DEEP_GRID = (
     Part((EQUAL, UNEVEN, CHUNKED, SHORT, CACHED, REMAINDERS), NARROW, ranks=MANY_RANKS),
@@ -113,6 +122,8 @@ DEEP_GRID = (
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, UNEVEN | LAYER), (*NARROW, "float16"), ranks=({"cp": [4], "tp": [1, 2]},)),
     Part([UNEVEN | PREFILL | {"kv_cache": "drop"}, *(CHUNKED | {"page_size": size} for size in (1, 16, 256))], NARROW, ranks=({"cp": [4], "tp": [1]},)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL, SHORT | PREFILL), NARROW, ranks=({"pp": [1, 2], "dp": [1, 2], "cp": [1, 2], "tp": [1, 2]},)),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL, UNEVEN | LAYER), NARROW, (*LATENT, *EXPERTS), ({"cp": [2, 4], "tp": [1]}, *EXPERT_RANKS)),
+    Part((CHUNKED | PREFILL | ABSORBED,), NARROW, LATENT, ({"cp": [4], "tp": [1]},)),
     Part([batch | {"head_groups": 2, "strategies": [GROUPED]} for batch in (UNEVEN, CHUNKED, UNEVEN | PREFILL)], NARROW),
 )
 
@@ -143,7 +154,9 @@ def grid(asked: Fields, device: str, *, deep: bool) -> list[Cell | Row]:
 
     `asked` are fields of a resolved scenario that hold for the whole grid. Raises CpbenchError where nothing can run.
     """
-    parts = (*DEEP_GRID, Part(_random_batches(asked.get("seed", 0)))) if deep else GRID
+    parts: Sequence[Part] = (*DEEP_GRID, Part(_random_batches(asked.get("seed", 0)))) if deep else GRID
+    if asked.keys() & NAMED:  # who names rows looks at these, in the model that was named or a plain one
+        parts = tuple(part for part in parts if not PRESETS.keys() & part.configs)
     entries: dict[object, Cell | Row] = {}
     refused: list[Row] = []
     for cell in dict.fromkeys(cell for part in parts for cell in _cells(part, asked, device)):

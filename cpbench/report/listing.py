@@ -124,7 +124,9 @@ def models(machine: Machine) -> Table:
         "model", *((column, "right") for column in columns), "layers that fit here", title="Models: presets; --model also takes a Hugging Face config.json"
     )
     for config in PRESETS.values():
-        kv_heads = f"{config.kv_heads:,}" if config.latent is None else f"latent {config.latent.row_values}"
+        kv_heads = (
+            f"{config.kv_heads:,}" if config.latent is None else f"latent {config.latent.row_values}" + (f"+{config.indexer.dim}" if config.indexer else "")
+        )
         sizes = (f"{number:,}" for number in (config.hidden, config.layers, config.heads))
         numbers = (*sizes, kv_heads, f"{config.head_dim:,}", f"{config.intermediate:,}", _experts(config), f"{config.vocab:,}")
         table.add_row(config.name, *numbers, _fitting_layers(config, machine))
