@@ -6,6 +6,7 @@ Pure numbers, without torch. What a strategy computes, moves and holds stands in
 from __future__ import annotations
 
 from cpbench.cell import Cell
+from cpbench.quantisation import attention_matrices, workspace
 from cpbench.strategies import STRATEGIES
 
 
@@ -65,13 +66,15 @@ def moments(step: Cell, n: int, attend: int) -> int:
     config, latent, size, shape = step.config, step.config.latent, step.element_bytes, step.shape
     residual, q, row = n * config.hidden * size, n * shape.heads * shape.qk_dim * size, n * shape.row_values * size
     out = n * shape.heads * (_released(step) or shape.v_dim) * size
-    if latent is None:
-        return max(residual + q + row, q + row + q, q + attend, out + residual)  # normed rows and packed q, k, v; rotated copies; attention; o
+    work = {name: workspace(step, n, matrix) for name, matrix in attention_matrices(step).items()}
+    if latent is None:  # normed rows and packed q, k, v; rotated copies; attention; o
+        return max(residual + q + row + work["qkv"], q + row + q, q + attend, out + residual + work["o"])
     plain = n * shape.heads * config.head_dim * size
     queries = n * (latent.q_rank or 0) * size
-    project = residual + max(2 * row, 2 * queries, queries + plain, plain + n * shape.heads * latent.rope_dim * size)
+    lower = max(row + work["kv_a"], queries + work.get("q_a", 0), queries + plain + work["q"])
+    project = residual + max(2 * row, 2 * queries, lower, plain + n * shape.heads * latent.rope_dim * size)
     absorb = plain + (n * shape.heads * latent.kv_rank * size + q if step.mla == "absorbed" else 0)
-    return max(project, absorb, q + attend, out + residual)
+    return max(project, absorb, q + attend, out + residual + work["o"])
 
 
 def _released(step: Cell) -> int:

@@ -37,6 +37,7 @@ from cpbench.measure.device import Device, open_device
 from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.models.held import Models
+from cpbench.models.linear import refusal
 from cpbench.numerics import check
 from cpbench.program import Output, Program
 from cpbench.routed import expert_loads, most_pairs, sent_rows, shared_loads
@@ -134,6 +135,8 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "oversubscribed": job.data["oversubscribed"],
         "warnings": [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else [],
     }
+    if reason := refusal(device.torch_device, cell.quant):
+        return {**record, "status": "unsupported", "reason": reason}
     if verify:
         verdict = check(cell, groups, kernel, device.torch_device, job.models)
         record["numerics"] = verdict.to_dict()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -18,6 +17,7 @@ from cpbench.communicator import Communicator
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
 from cpbench.models.latent import MultiHeadLatentAttention
+from cpbench.models.linear import tensors_of
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
@@ -145,6 +145,6 @@ class Decoder:
         """Every weight tensor held, each once."""
         found: dict[int, Tensor] = {}
         for holder in [self, *self.layers, *(part for layer in self.layers for part in (layer.attention, layer.mlp))]:
-            held = holder.parameters() if isinstance(holder, SparseMLP) else vars(holder).values()
-            found |= {id(value): value for value in held if isinstance(value, torch.Tensor)}
+            held = holder.parameters() if isinstance(holder, SparseMLP) else tensors_of(holder)
+            found |= {id(tensor): tensor for tensor in held}
         return list(found.values())

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cpbench.models.checkpoint import BLOCK, SCALE, Checkpoint
+from cpbench.models.linear import Weight, hold
+from cpbench.quantisation import NONE
 
 ROW_CHUNK_ELEMENTS = 1 << 20
 
@@ -26,6 +28,10 @@ class Weights(Protocol):
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
+        ...
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
         ...
 
     def norm(self, name: str, size: int) -> Tensor:
@@ -45,12 +51,17 @@ class RandomWeights:
     dtype: torch.dtype
     device: torch.device
     rounded_to: torch.dtype | None = None  # the dtype whose values are used, where `dtype` is wider: the reference of a bf16 model
+    quant: str = NONE
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         out_features, in_features = shape
         rows, columns = rows or range(out_features), columns or range(in_features)
         return self.values(name, torch.arange(rows.start, rows.stop), torch.arange(columns.start, columns.stop), in_features**-0.5)
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
+        return hold(weight, self.quant)
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size], around 1."""
@@ -83,11 +94,16 @@ class CheckpointWeights:
     dtype: torch.dtype
     device: torch.device
     rounded_to: torch.dtype | None = None  # as in RandomWeights
+    quant: str = NONE
     _files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # open files by name: opening one parses its header
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         return self._read(name, shape, (rows, columns))
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
+        return hold(weight, self.quant)
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size]."""
