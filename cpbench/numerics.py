@@ -23,6 +23,7 @@ from cpbench.formulas import traffic
 from cpbench.kernels.base import Kernel
 from cpbench.models.held import Models
 from cpbench.one_device import OneDevice, Solution
+from cpbench.quantisation import NONE
 from cpbench.strategies.base import row_index
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above
@@ -141,7 +142,7 @@ def judge(answers: Sequence[Answer], kernel: Kernel, one_device: OneDevice) -> C
 
 def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
     """The verdict on one pass."""
-    cell, narrow = answer.cell, answer.cell.dtype in ("bfloat16", "float16")
+    cell, narrow = answer.cell, rounds_much(answer.cell)
     limit = f"ratio to one device at most {MAX_RATIO}" if narrow else f"relative RMSE at most {MAX_FP32_RMSE:g}"
     collectives = _collectives(answer)
     differs = f"traffic differs from its formula: {collectives.difference}" if collectives.difference else None
@@ -175,6 +176,11 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
         bitwise_equal=all(torch.equal(rows, yardstick.rows) for rows in answer.copies.values()),
         logits_max_error=None if answer.logits is None or truth.logits is None else _max_error(answer.logits, truth.logits),
     )
+
+
+def rounds_much(cell: Cell) -> bool:
+    """Whether rounding is so large that only the ratio to one device tells anything: in half precision, and behind quantised projections."""
+    return cell.dtype in ("bfloat16", "float16") or (cell.quant != NONE and cell.target != "attention")
 
 
 def relative_rmse(rows: Tensor, truth: Tensor) -> float:

@@ -47,8 +47,8 @@ class OneDevice:
         self._kept: dict[tuple[object, ...], Solution] = {}
 
     def truth(self, cell: Cell, experts_LNK: Tensor | None = None) -> Solution:
-        """The cell in fp64 on one rank, from the values that the cell's dtype can hold and not quantised, with these experts instead of its own."""
-        single, rounded_to = _single(replace(cell, quant="none"), Layout(), "float64"), getattr(torch, cell.dtype)
+        """The cell in fp64 on one rank, from the values that the cell's dtype can hold, with these experts instead of its own."""
+        single, rounded_to = _single(cell, Layout(), "float64"), getattr(torch, cell.dtype)
         key = single, cell.dtype, _bytes(experts_LNK)
         return self._get(key, lambda: _solve(single, load_kernel("reference"), self.device, rounded_to, experts_LNK))
 

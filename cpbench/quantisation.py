@@ -81,7 +81,7 @@ def workspace(cell: Cell, rows: int, *matrices: Matrix) -> int:
 def blocks(rows: int, outputs: int, inputs: int) -> Matrix:
     """Rows and outputs that are computed at a time where FP8 is simulated: as many as fit into a block, also their product."""
     columns = min(outputs, max(1, BLOCK // inputs))
-    return min(rows, max(1, BLOCK // max(inputs, columns))), columns
+    return max(1, min(rows, BLOCK // max(inputs, columns))), columns
 
 
 def quant_reason(cell: Cell) -> str | None:

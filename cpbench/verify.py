@@ -33,6 +33,7 @@ from cpbench.models.presets import load_config
 from cpbench.numerics import Check, judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
+from cpbench.quantisation import NONE
 from cpbench.scenario import DEVICE_DEFAULTS, override, parse_scenario, resolve
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.usp import hybrid_degrees
@@ -58,6 +59,7 @@ FIELDS = (
     "kv_cache",
     "page_size",
     "head_groups",
+    "quant",
     "seed",
     "device",
 )
@@ -144,6 +146,8 @@ def grid(asked: Fields, device: str, *, deep: bool) -> list[Cell | Row]:
 
     `asked` are fields of a resolved scenario that hold for the whole grid. Raises CpbenchError where nothing can run.
     """
+    if asked.get("quant", NONE) != NONE and "target" not in asked:
+        asked = asked | PREFILL  # attention alone has no projections
     parts = (*DEEP_GRID, Part(_random_batches(asked.get("seed", 0)))) if deep else GRID
     entries: dict[object, Cell | Row] = {}
     refused: list[Row] = []
