@@ -40,6 +40,7 @@ from cpbench.models.held import Models
 from cpbench.models.linear import refusal
 from cpbench.numerics import check
 from cpbench.program import Output, Program
+from cpbench.quantisation import NONE
 from cpbench.routed import expert_loads, most_pairs, sent_rows, shared_loads
 from cpbench.strategies import STRATEGIES
 
@@ -133,7 +134,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "cp_off_reason": cell.cp_off,
         "threads_per_rank": job.data["threads"] if cell.device == "cpu" else None,
         "oversubscribed": job.data["oversubscribed"],
-        "warnings": [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else [],
+        "warnings": _warnings(cell),
     }
     if reason := refusal(device.torch_device, cell.quant):
         return {**record, "status": "unsupported", "reason": reason}
@@ -229,6 +230,12 @@ def _of_rank(rank: int, traffic: Traffic, keys: Sequence[tuple[str, str]], group
         calls, size = groups.world.share(traffic.counts.get((axis, operation), (0, 0)))[rank]
         found.add(axis, operation, int(size), int(calls))
     return found
+
+
+def _warnings(cell: Cell) -> list[str]:
+    """What a reader of the numbers must know."""
+    observed = [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else []
+    return observed + (["FP8 is simulated on CPU: the time is not that of FP8"] if cell.quant != NONE and cell.device == "cpu" else [])
 
 
 def _brings_collectives(cell: Cell) -> bool:
