@@ -2,8 +2,8 @@
 
 The cell's strategy, partition, layout and kernel run on a few hundred tokens; for wide models the width is reduced, the heads are not.
 The truth is fp64 on one device. The yardstick is one device in the cell's dtype that rounds where the layout rounds (one_device.py). A
-maximum error cannot tell a good merge from a bad one, so errors are relative root mean squares, and the bound is on their ratio. All
-ranks compute the answer (answer.py); one judges it.
+maximum error cannot tell a good merge from a bad one, so errors are relative root mean squares, and the bound is on their ratio. Quantised
+projections are quantised in the yardstick and not in the truth. All ranks compute the answer (answer.py); one judges it.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ VERIFY_CHUNK = _text(_VERIFY, "--chunk", "TOKENS", "Prefill every batch in chunk
 VERIFY_MODEL = _text(_VERIFY, "--model", "NAME", "The heads of a preset or config.json, reduced in width. Default: 8 query and 2 kv heads.")
 VERIFY_DTYPE = _text(_VERIFY, "--dtype", "NAME", "Default: float32 and bfloat16.")
 VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the random batches of --deep. Default: 0.")
-VERIFY_SET = Annotated[list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, quant.")]
+VERIFY_SET = Annotated[
+    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
+]
 DEEP = _flag(_VERIFY, "--deep", "The long grid: more degrees, heads, batches, dtypes and page sizes. Minutes.")
 OUTPUT = _path(_OUTPUT, "--output -o", "The result file. Default: results/NAME-TIME.json.")
 DRY_RUN = _flag(_OUTPUT, "--dry-run", "Show cells, reasons and estimates; run nothing.")
