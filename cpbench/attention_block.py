@@ -6,6 +6,7 @@ Pure numbers, without torch. What a strategy computes, moves and holds stands in
 from __future__ import annotations
 
 from cpbench.cell import Cell
+from cpbench.quantisation import attention_matrices, workspace
 from cpbench.segments import Span, place
 from cpbench.strategies import STRATEGIES
 from cpbench.visible import Visible, attending_values, in_order, selection_values, visible_keys
@@ -112,23 +113,25 @@ def moments(step: Cell, n: int, attend: int) -> int:
 
     Of attention alone, which has its queries beforehand, only what comes behind them.
     """
+    work = {name: workspace(step, n, matrix) for name, matrix in attention_matrices(step).items()}
     if step.shape.top_k:
-        return _selective_moments(step, n)
+        return _selective_moments(step, n, work)
     if step.target == "attention":
         return max(attend, n * step.shape.heads * _released(step) * step.element_bytes)
     config, latent, size, shape = step.config, step.config.latent, step.element_bytes, step.shape
     residual, q, row = n * config.hidden * size, n * shape.heads * shape.qk_dim * size, n * shape.row_values * size
     out = n * shape.heads * (_released(step) or shape.v_dim) * size
-    if latent is None:
-        return max(residual + q + row, q + row + q, q + attend, out + residual)  # normed rows and packed q, k, v; rotated copies; attention; o
+    if latent is None:  # normed rows and packed q, k, v; rotated copies; attention; o
+        return max(residual + q + row + work["qkv"], q + row + q, q + attend, out + residual + work["o"])
     plain = n * shape.heads * config.head_dim * size
     queries = n * (latent.q_rank or 0) * size
-    project = residual + max(2 * row, 2 * queries, queries + plain, plain + n * shape.heads * latent.rope_dim * size)
+    lower = max(row + work["kv_a"], queries + work.get("q_a", 0), queries + plain + work["q"])
+    project = residual + max(2 * row, 2 * queries, lower, plain + n * shape.heads * latent.rope_dim * size)
     absorb = plain + (n * shape.heads * latent.kv_rank * size + q if step.absorbed else 0)
-    return max(project, absorb, q + attend, out + residual)
+    return max(project, absorb, q + attend, out + residual + work["o"])
 
 
-def _selective_moments(step: Cell, n: int) -> int:
+def _selective_moments(step: Cell, n: int, work: dict[str, int]) -> int:
     """The same where keys are selected: the low-rank queries stay alive until those of the heads are made, the selection until it is used."""
     config, shape, size, indexer, latent = step.config, step.shape, step.element_bytes, step.config.indexer, step.config.latent
     assert indexer is not None and latent is not None
@@ -141,9 +144,11 @@ def _selective_moments(step: Cell, n: int) -> int:
     residual, low_rank, q = n * config.hidden * size, n * (latent.q_rank or 0) * size, n * heads * shape.qk_dim * size
     index = n * indexer.heads * (indexer.dim * size + wide)
     plain = n * heads * config.head_dim * size
-    project = residual + max(2 * n * shape.row_values * size, 2 * low_rank, low_rank + index + n * indexer.heads * latent.rope_dim * size)
-    absorb = low_rank + ids + plain + max(n * heads * latent.rope_dim * size, n * heads * latent.kv_rank * size + q)
-    return max(project, low_rank + index + ids, absorb, q + attend, release, n * heads * latent.v_dim * size + residual)
+    rows = n * shape.row_values * size
+    indexed = low_rank + index + n * indexer.heads * latent.rope_dim * size
+    project = residual + max(2 * rows, rows + work["kv_a"], 2 * low_rank, low_rank + work.get("q_a", 0), indexed)
+    absorb = low_rank + ids + plain + max(n * heads * latent.rope_dim * size, n * heads * latent.kv_rank * size + q, work["q"])
+    return max(project, low_rank + index + ids, absorb, q + attend, release, n * heads * latent.v_dim * size + residual + work["o"])
 
 
 def _released(step: Cell) -> int:

@@ -71,6 +71,7 @@ def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None
                 head_groups=scenario.head_groups if strategy == GROUPED else 1,
                 router=scenario.router,
                 dispatch=scenario.dispatch,
+                quant=scenario.quant,
                 mla=scenario.mla if config.latent and config.indexer is None else "expanded",
                 weights=weights,
                 prompt=prompt,

@@ -36,7 +36,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "weights": None,
     "prompt": None,
 }
-DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None}
+DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None, "quant": "none"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Cell:
     prompt: str | None = None  # the name of the text that the tokens are from; None: random tokens
     router: str = TRAINED  # experts.py: which experts tokens get
     dispatch: str | None = None  # how tokens reach them: alltoall or gather; None: what the layout allows (sharding.py)
+    quant: str = "none"  # quantisation.py: how projections are held and computed
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
 
     def __post_init__(self) -> None:

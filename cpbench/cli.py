@@ -111,6 +111,7 @@ def sweep(
     weights: options.WEIGHTS = None,
     prompt: options.PROMPT = None,
     dtype: options.DTYPE = None,
+    quant: options.QUANT = None,
     seed: options.SEED = None,
     threads: options.THREADS = None,
     setting: options.SET = None,
@@ -137,6 +138,7 @@ def sweep(
         "chunk": chunk,
         "layers": layers,
         "dtype": dtype,
+        "quant": quant,
         "seed": seed,
         "experts": experts,
     }

@@ -13,6 +13,7 @@ from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
 from cpbench.models.config import Experts
+from cpbench.quantisation import dense_matrices, expert_matrices, workspace
 from cpbench.sharding import DENSE_MLP, Spans, TokenRows, Unit, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
 
 INDEX_BYTES = 8
@@ -120,7 +121,8 @@ def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, p
     choose = 3 * scores
     columns = experts.intermediate // cell.layout.moe_tp
     grouped = cell.device == "cuda" and cell.dtype == "bfloat16"
-    compute = index + pairs * row + (pairs if grouped else -(-pairs // here)) * (2 * columns * size + row)
+    together = pairs if grouped else -(-pairs // here)  # rows that go through a GEMM at once
+    compute = index + pairs * row + together * (2 * columns * size + row) + workspace(cell, together, *expert_matrices(cell))
     moved = index + max(asked + pairs, 2 * pairs) * row if unit.alltoall else 0
     summed = index + (asked if unit.alltoall else pairs) * row + rows * hidden * wide + rows * row
     return rows * row + max(route, choose, compute, moved, summed)
@@ -129,7 +131,7 @@ def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, p
 def _dense_bytes(cell: Cell, step: TokenRows, place: Coordinates, width: int) -> int:
     """The largest moment of a dense block of some width."""
     row, rows = cell.config.hidden * cell.element_bytes, _rows(cell, step, place)
-    compute = rows * row + 2 * rows * _columns(cell, width) * cell.element_bytes
+    compute = rows * row + 2 * rows * _columns(cell, width) * cell.element_bytes + workspace(cell, rows, *dense_matrices(cell, width))
     return max(compute, *_around(cell, step, place, spans_of(cell.layout, DENSE_MLP)))
 
 

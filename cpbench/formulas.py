@@ -13,6 +13,7 @@ from cpbench import attention_block, feed_forward
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
+from cpbench.quantisation import saved_bytes
 from cpbench.sharding import ATTENTION, VOCABULARY, TokenRows
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import row_values
@@ -233,4 +234,4 @@ def weights_bytes(cell: Cell, rank: int = 0) -> int:
     tables = first + last - (first and last and config.tied_embeddings)
     ends = config.hidden * (last + config.vocab // layout.tp * tables) if cell.target == "prefill" else 0
     blocks = (attention_block.parameters(cell) + 2 * config.hidden) * len(layers) + sum(feed_forward.parameters(cell, layer) for layer in layers)
-    return (blocks + ends) * cell.element_bytes
+    return (blocks + ends) * cell.element_bytes - saved_bytes(cell, layers)

@@ -2,8 +2,8 @@
 
 The cell's strategy, partition, layout and kernel run on a few hundred tokens; for wide models the width is reduced, the heads are not.
 The truth is fp64 on one device. The yardstick is one device in the cell's dtype that rounds where the layout rounds (one_device.py). A
-maximum error cannot tell a good merge from a bad one, so errors are relative root mean squares, and the bound is on their ratio. All
-ranks compute the answer (answer.py); one judges it.
+maximum error cannot tell a good merge from a bad one, so errors are relative root mean squares, and the bound is on their ratio. Quantised
+projections are quantised in the yardstick and not in the truth. All ranks compute the answer (answer.py); one judges it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cpbench.formulas import traffic
 from cpbench.kernels.base import Kernel
 from cpbench.models.held import Models
 from cpbench.one_device import OneDevice, Solution
+from cpbench.quantisation import NONE
 from cpbench.strategies.base import row_index
 
 MAX_RATIO = 1.3  # a sound ring at 32 ranks stays at 1.22; a bf16 accumulator at 8 ranks is at 1.36 and above
@@ -143,7 +144,7 @@ def judge(answers: Sequence[Answer], kernel: Kernel, one_device: OneDevice) -> C
 
 def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
     """The verdict on one pass."""
-    cell, narrow = answer.cell, answer.cell.dtype in ("bfloat16", "float16")
+    cell, narrow = answer.cell, rounds_much(answer.cell)
     limit = f"ratio to one device at most {MAX_RATIO}" if narrow else f"relative RMSE at most {MAX_FP32_RMSE:g}"
     collectives = _collectives(answer)
     differs = f"traffic differs from its formula: {collectives.difference}" if collectives.difference else None
@@ -177,6 +178,11 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
         bitwise_equal=all(torch.equal(rows, yardstick.rows) for rows in answer.copies.values()),
         logits_max_error=None if answer.logits is None or truth.logits is None else _max_error(answer.logits, truth.logits),
     )
+
+
+def rounds_much(cell: Cell) -> bool:
+    """Whether rounding is so large that only the ratio to one device tells anything: in half precision, and behind quantised projections."""
+    return cell.dtype in ("bfloat16", "float16") or (cell.quant != NONE and cell.target != "attention")
 
 
 def relative_rmse(rows: Tensor, truth: Tensor) -> float:

@@ -67,6 +67,7 @@ LAYERS = _rare("--layers", "N", "Decoder layers of a prefill. Default: 1 on CPU,
 WEIGHTS = _rare("--weights", "DIR", "A Hugging Face checkpoint instead of random weights: config.json and *.safetensors.")
 PROMPT = _rare("--prompt", "FILE", "A text as the input, in the tokens of the tokenizer.json of --weights.")
 DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
+QUANT = _rare("--quant", "NAME", "Projections: none (as --dtype says) or fp8 (W8A8, scales per channel and token). Default: none.")
 SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
 THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
@@ -78,7 +79,7 @@ FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine 
 MORE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
     "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
-    "NAME, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES and --force. The README explains them."
+    "NAME, --quant fp8, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES, --force. The README explains them."
 )
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[
@@ -95,7 +96,9 @@ VERIFY_CHUNK = _text(_VERIFY, "--chunk", "TOKENS", "Prefill every batch in chunk
 VERIFY_MODEL = _text(_VERIFY, "--model", "NAME", "The heads of a preset or config.json, reduced in width. Default: 8 query and 2 kv heads.")
 VERIFY_DTYPE = _text(_VERIFY, "--dtype", "NAME", "Default: float32 and bfloat16.")
 VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the random batches of --deep. Default: 0.")
-VERIFY_SET = Annotated[list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups.")]
+VERIFY_SET = Annotated[
+    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
+]
 DEEP = _flag(_VERIFY, "--deep", "The long grid: more degrees, heads, batches, dtypes and page sizes. Minutes.")
 OUTPUT = _path(_OUTPUT, "--output -o", "The result file. Default: results/NAME-TIME.json.")
 DRY_RUN = _flag(_OUTPUT, "--dry-run", "Show cells, reasons and estimates; run nothing.")

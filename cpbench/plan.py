@@ -27,6 +27,7 @@ from cpbench.layout import Layout
 from cpbench.models.checkpoint import Checkpoint
 from cpbench.models.config import ModelConfig
 from cpbench.prompt import prompt_name, read_prompt
+from cpbench.quantisation import quant_reason
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
 from cpbench.strategies import STRATEGIES
 
@@ -143,7 +144,7 @@ def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> Planne
 
 def unsupported(cell: Cell) -> str | None:
     """Why a cell can run on no machine, with the nearest valid value; None if it can."""
-    return layout_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or _memory_reason(cell)
+    return layout_reason(cell) or quant_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or _memory_reason(cell)
 
 
 def _kernel_reason(cell: Cell) -> str | None:

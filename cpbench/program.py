@@ -83,7 +83,7 @@ class Program:
         self.place = groups.place
         self.part = cell.parts[self.place.dp].cell
         self.dtype: torch.dtype = getattr(torch, cell.dtype)
-        self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to)
+        self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to, cell.quant)
         self.slice = Slice.of(cell, groups.rank)
         self.heads = HeadSlice.of(cell.config, self.slice.attention)
         self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)

@@ -126,6 +126,7 @@ class Scenario(_Model):
     mla: Literal["expanded", "absorbed"] = Field("expanded", description="latent attention: K and V of every head, or in the latent's width")
     router: str = Field(TRAINED, description="of models with experts: trained (the model's own), uniform, or zipf:1.2 for skewed load")
     dispatch: Literal["alltoall", "gather"] | None = Field(None, description="how rows reach experts; null: alltoall where the layout allows it")
+    quant: Literal["none", "fp8"] = Field("none", description="projections: as dtype says, or W8A8 in FP8 e4m3 with scales per channel and token")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")
@@ -140,6 +141,8 @@ class Scenario(_Model):
             refuse("experts changes a model, and weights are those of the model as it is.", "Leave experts or weights out.")
         if self.weights and self.target == "attention":
             refuse("Target 'attention' has no weights to read.", "Leave weights out, or use --target prefill.")
+        if self.quant != "none" and self.target == "attention":
+            refuse("Target 'attention' has no linear layers to quantise.", "Leave quant out, or use --target prefill.")
         if self.prompt and (not self.weights or self.target != "prefill"):
             refuse("prompt is for a prefill with the weights of a checkpoint.", "Add --weights DIR, or leave prompt out.")
         said = next((name for name in BATCH_DEFAULTS if self.prompt and getattr(self, name) is not None), None)

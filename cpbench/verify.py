@@ -32,6 +32,7 @@ from cpbench.models.presets import PRESETS, load_config
 from cpbench.numerics import Check, judge
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
+from cpbench.quantisation import NONE
 from cpbench.scenario import DEVICE_DEFAULTS, override, parse_scenario, resolve
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.usp import hybrid_degrees
@@ -57,6 +58,7 @@ FIELDS = (
     "kv_cache",
     "page_size",
     "head_groups",
+    "quant",
     "seed",
     "device",
 )
@@ -154,6 +156,8 @@ def grid(asked: Fields, device: str, *, deep: bool) -> list[Cell | Row]:
 
     `asked` are fields of a resolved scenario that hold for the whole grid. Raises CpbenchError where nothing can run.
     """
+    if asked.get("quant", NONE) != NONE and "target" not in asked:
+        asked = asked | PREFILL  # attention alone has no projections
     parts: Sequence[Part] = (*DEEP_GRID, Part(_random_batches(asked.get("seed", 0)))) if deep else GRID
     if asked.keys() & NAMED:  # who names rows looks at these, in the model that was named or a plain one
         parts = tuple(part for part in parts if not PRESETS.keys() & part.configs)

@@ -37,8 +37,10 @@ from cpbench.measure.device import Device, open_device
 from cpbench.measure.memory import OneBlock, measure_peaks
 from cpbench.measure.timing import Samples, Timing, one_pass, sample
 from cpbench.models.held import Models
+from cpbench.models.linear import refusal
 from cpbench.numerics import check
 from cpbench.program import Output, Program
+from cpbench.quantisation import NONE
 from cpbench.routed import expert_loads, most_pairs, sent_rows, shared_loads
 from cpbench.strategies import STRATEGIES
 
@@ -131,8 +133,10 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "cp_off_reason": cell.cp_off,
         "threads_per_rank": job.data["threads"] if cell.device == "cpu" else None,
         "oversubscribed": job.data["oversubscribed"],
-        "warnings": [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else [],
+        "warnings": _warnings(cell),
     }
+    if reason := refusal(device.torch_device, cell.quant):
+        return {**record, "status": "unsupported", "reason": reason}
     if verify:
         verdict = check(cell, groups, kernel, device.torch_device, job.models)
         record["numerics"] = verdict.to_dict()
@@ -225,6 +229,12 @@ def _of_rank(rank: int, traffic: Traffic, keys: Sequence[tuple[str, str]], group
         calls, size = groups.world.share(traffic.counts.get((axis, operation), (0, 0)))[rank]
         found.add(axis, operation, int(size), int(calls))
     return found
+
+
+def _warnings(cell: Cell) -> list[str]:
+    """What a reader of the numbers must know."""
+    observed = [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else []
+    return observed + (["FP8 is simulated on CPU: the time is not that of FP8"] if cell.quant != NONE and cell.device == "cpu" else [])
 
 
 def _brings_collectives(cell: Cell) -> bool:

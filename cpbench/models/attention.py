@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from cpbench.models.config import ModelConfig
+from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate
 from cpbench.models.weights import Weights
@@ -50,11 +50,12 @@ class GroupedQueryAttention:
         self.heads, self.kv_heads = len(heads.q), len(heads.kv)
         self.open_rows = keys_and_values(dim)
         parts = [("q_proj", config.heads, heads.q), ("k_proj", config.kv_heads, heads.kv), ("v_proj", config.kv_heads, heads.kv)]
-        self.qkv_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", (n * dim, hidden), _rows(part, dim)) for name, n, part in parts])
+        qkv = [weights.linear(f"{prefix}.{name}.weight", (n * dim, hidden), _rows(part, dim)) for name, n, part in parts]
+        self.qkv_weight = weights.hold(torch.cat(qkv))
         self.qkv_bias = None
         if config.qkv_bias:
             self.qkv_bias = torch.cat([weights.bias(f"{prefix}.{name}.bias", n * dim, _rows(part, dim)) for name, n, part in parts])
-        self.o_weight = weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim))
+        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim)))
         self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
         self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
 
@@ -64,12 +65,12 @@ class GroupedQueryAttention:
         del x_nM
         out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
         del q_nHD
-        return F.linear(out_nHD.flatten(1), self.o_weight)
+        return linear(out_nHD.flatten(1), self.o_weight)
 
     def _project(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
         """Rotated queries [n, H, D], and rotated K next to V in the rows that travel [n, 2 * G * D]."""
         dim, n = self.config.head_dim, x_nM.shape[0]
-        qkv = F.linear(x_nM, self.qkv_weight, self.qkv_bias)
+        qkv = linear(x_nM, self.qkv_weight, self.qkv_bias)
         q, k, v = qkv.unflatten(1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], 1)
         rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv)
         k_out, v_out = self.open_rows(rows_nW)

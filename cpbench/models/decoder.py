@@ -19,6 +19,7 @@ from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
 from cpbench.models.latent import MultiHeadLatentAttention
+from cpbench.models.linear import QuantisedWeight
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
@@ -151,7 +152,7 @@ class Decoder:
         return list({id(tensor): tensor for tensor in _tensors(self)}.values())
 
 
-PARTS = (list, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
+PARTS = (list, QuantisedWeight, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
 
 
 def _tensors(part: object) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.models.config import LatentAttention, ModelConfig
+from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate_neighbours
 from cpbench.models.weights import Weights
@@ -35,16 +36,16 @@ class MultiHeadLatentAttention:
         dim_q = sizes.nope_dim + sizes.rope_dim
         q_rows = range(self.heads.start * dim_q, self.heads.stop * dim_q)
         if sizes.q_rank is None:
-            self.q_weight = weights.linear(f"{prefix}.q_proj.weight", (config.heads * dim_q, hidden), q_rows)
+            self.q_weight = weights.hold(weights.linear(f"{prefix}.q_proj.weight", (config.heads * dim_q, hidden), q_rows))
         else:
-            self.q_a_weight = weights.linear(f"{prefix}.q_a_proj.weight", (sizes.q_rank, hidden))
+            self.q_a_weight = weights.hold(weights.linear(f"{prefix}.q_a_proj.weight", (sizes.q_rank, hidden)))
             self.q_a_norm = weights.norm(f"{prefix}.q_a_layernorm.weight", sizes.q_rank)
-            self.q_weight = weights.linear(f"{prefix}.q_b_proj.weight", (config.heads * dim_q, sizes.q_rank), q_rows)
-        self.kv_a_weight = weights.linear(f"{prefix}.kv_a_proj_with_mqa.weight", (sizes.row_values, hidden))
+            self.q_weight = weights.hold(weights.linear(f"{prefix}.q_b_proj.weight", (config.heads * dim_q, sizes.q_rank), q_rows))
+        self.kv_a_weight = weights.hold(weights.linear(f"{prefix}.kv_a_proj_with_mqa.weight", (sizes.row_values, hidden)))
         self.kv_a_norm = weights.norm(f"{prefix}.kv_a_layernorm.weight", sizes.kv_rank)
         self.kv_b_weight = kv_b_weight(config, weights, prefix, shard)
         o_columns = range(self.heads.start * sizes.v_dim, self.heads.stop * sizes.v_dim)
-        self.o_weight = weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns)
+        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns))
         self.open_rows = latent_rows(self.kv_b_weight, sizes, absorbed)
 
     def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
@@ -59,7 +60,7 @@ class MultiHeadLatentAttention:
         del q_nhD
         if self.absorbed:
             out_nhE = release_outputs(out_nhE, self.kv_b_weight, self.sizes)
-        return F.linear(out_nhE.flatten(1), self.o_weight)
+        return linear(out_nhE.flatten(1), self.o_weight)
 
     def _queries(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[n, h, N + P], the last P values rotated."""
@@ -67,11 +68,11 @@ class MultiHeadLatentAttention:
 
     def _low_rank(self, x_nM: Tensor) -> Tensor:
         """What queries of all heads are made from, normed: [n, q_rank]."""
-        return rms_norm(F.linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
+        return rms_norm(linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
 
     def _heads(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[n, h, N + P], of the input or of what `_low_rank` made of it."""
-        q_nhD: Tensor = F.linear(x_nM, self.q_weight).unflatten(1, (len(self.heads), -1))
+        q_nhD: Tensor = linear(x_nM, self.q_weight).unflatten(1, (len(self.heads), -1))
         part = q_nhD[..., self.sizes.nope_dim :]
         rotate_neighbours(part.clone(), cos, sin, part)
         return q_nhD
@@ -79,7 +80,7 @@ class MultiHeadLatentAttention:
     def _latent(self, x_nM: Tensor, cos: Tensor, sin: Tensor, rows_nW: Tensor) -> None:
         """Write the rows [n, R + P]: the normed latent and the rotated key part."""
         rank = self.sizes.kv_rank
-        latent_nW = F.linear(x_nM, self.kv_a_weight)
+        latent_nW = linear(x_nM, self.kv_a_weight)
         rows_nW[:, :rank].copy_(rms_norm(latent_nW[:, :rank], self.kv_a_norm, self.eps))
         rotate_neighbours(latent_nW[:, None, rank:], cos, sin, rows_nW[:, None, rank:])
 

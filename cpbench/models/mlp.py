@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator
 from cpbench.models.config import ModelConfig
+from cpbench.models.linear import Weight, linear
 from cpbench.models.weights import Weights
 from cpbench.sharding import DENSE_MLP, Shard
 
@@ -24,8 +25,8 @@ class DenseMLP:
         part = whole // shard.size
         mine = range(shard.rank * part, (shard.rank + 1) * part)
         shape = (whole, config.hidden)
-        self.gate_up_weight = torch.cat([weights.linear(f"{prefix}.{name}.weight", shape, mine) for name in ("gate_proj", "up_proj")])
-        self.down_weight = weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine)
+        self.gate_up_weight = weights.hold(torch.cat([weights.linear(f"{prefix}.{name}.weight", shape, mine) for name in ("gate_proj", "up_proj")]))
+        self.down_weight = weights.hold(weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine))
 
     def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
         """The block's output [n, M] for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
@@ -33,13 +34,13 @@ class DenseMLP:
 
     def partial(self, x_nM: Tensor) -> Tensor:
         """Partial sums of the block's output [n, M]."""
-        gate_up_nI = F.linear(x_nM, self.gate_up_weight)
+        gate_up_nI = linear(x_nM, self.gate_up_weight)
         del x_nM
         return activated(gate_up_nI, self.down_weight)
 
 
-def activated(gate_up_nI: Tensor, down_weight: Tensor) -> Tensor:
+def activated(gate_up_nI: Tensor, down_weight: Weight) -> Tensor:
     """down(silu(gate) * up) [n, M] of gate and up side by side, which are overwritten."""
     gate, up = gate_up_nI.chunk(2, 1)
     F.silu(gate, inplace=True).mul_(up)
-    return F.linear(gate, down_weight)
+    return linear(gate, down_weight)

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator, Dispatch
 from cpbench.models.config import ModelConfig
+from cpbench.models.linear import Weight, fill, grouped_linear, has_grouped, linear, room_for
 from cpbench.models.mlp import DenseMLP, activated
 from cpbench.models.router import Choice, Router
 from cpbench.models.weights import Weights
@@ -39,12 +40,12 @@ class SparseMLP:
         cut, shape = range(columns.rank * part, (columns.rank + 1) * part), (width, config.hidden)
         for index, expert in enumerate(self.mine):
             name = f"{prefix}.experts.{expert}"
-            gate, up = (weights.linear(f"{name}.{which}.weight", shape, cut) for which in ("gate_proj", "up_proj"))
-            down = weights.linear(f"{name}.down_proj.weight", shape[::-1], columns=cut)
+            gate_up = weights.hold(torch.cat([weights.linear(f"{name}.{which}.weight", shape, cut) for which in ("gate_proj", "up_proj")]))
+            down = weights.hold(weights.linear(f"{name}.down_proj.weight", shape[::-1], columns=cut))
             if index == 0:
-                self.gate_up_weight = gate.new_empty(here, 2 * part, config.hidden)
-                self.down_weight = gate.new_empty(here, config.hidden, part)
-            self.gate_up_weight[index, :part], self.gate_up_weight[index, part:], self.down_weight[index] = gate, up, down
+                self.gate_up_weight, self.down_weight = room_for(here, gate_up), room_for(here, down)
+            fill(self.gate_up_weight, index, gate_up)
+            fill(self.down_weight, index, down)
         shared_width = config.experts.shared * width
         self.shared = DenseMLP(config, weights, f"{prefix}.shared_experts", shared, shared_width) if shared_width else None
 
@@ -93,25 +94,20 @@ class SparseMLP:
 
     def _compute(self, x_PM: Tensor, counts: list[int]) -> Tensor:
         """Every expert on its rows, which lie one after the other; may overwrite them."""
-        if grouped_gemm(x_PM):
+        if has_grouped(x_PM, self.gate_up_weight):
             return _grouped(x_PM, counts, self.gate_up_weight, self.down_weight)
         for index, rows_pM in enumerate(x_PM.split(counts)):
             if len(rows_pM):
-                rows_pM.copy_(activated(F.linear(rows_pM, self.gate_up_weight[index]), self.down_weight[index]))
+                rows_pM.copy_(activated(linear(rows_pM, self.gate_up_weight[index]), self.down_weight[index]))
         return x_PM
 
 
-def grouped_gemm(x_PM: Tensor) -> bool:
-    """Whether PyTorch computes a GEMM per expert in one kernel for such rows: bf16 on CUDA."""
-    return x_PM.is_cuda and x_PM.dtype == torch.bfloat16 and len(x_PM) > 0 and hasattr(F, "grouped_mm")
-
-
-def _grouped(x_PM: Tensor, counts: list[int], gate_up_EIM: Tensor, down_EMI: Tensor) -> Tensor:
+def _grouped(x_PM: Tensor, counts: list[int], gate_up_EIM: Weight, down_EMI: Weight) -> Tensor:
     """The experts on their rows, by grouped GEMMs."""
     ends_E = torch.tensor(counts, device=x_PM.device).cumsum(0, dtype=torch.int32)
-    gate, up = F.grouped_mm(x_PM, gate_up_EIM.transpose(1, 2), offs=ends_E).chunk(2, 1)
+    gate, up = grouped_linear(x_PM, gate_up_EIM, ends_E).chunk(2, 1)
     F.silu(gate, inplace=True).mul_(up)
-    return F.grouped_mm(gate, down_EMI.transpose(1, 2), offs=ends_E)
+    return grouped_linear(gate, down_EMI, ends_E)
 
 
 def _by_expert(experts_uK: Tensor, count: int) -> tuple[Tensor, Tensor]:

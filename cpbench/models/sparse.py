@@ -10,11 +10,11 @@ scored in indexer.py, and what is selected in selective_attention.py.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
 from cpbench.models.latent import MultiHeadLatentAttention, absorb_queries, release_outputs
+from cpbench.models.linear import linear
 from cpbench.models.weights import Weights
 from cpbench.selective_attention import IndexQueries, SelectiveAttention
 from cpbench.sharding import Shard
@@ -46,4 +46,4 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         del c_q_nR
         out_nhR = collected.attend(q_nhW, ids_nK)
         del q_nhW, ids_nK
-        return F.linear(release_outputs(out_nhR, self.kv_b_weight, self.sizes).flatten(1), self.o_weight)
+        return linear(release_outputs(out_nhR, self.kv_b_weight, self.sizes).flatten(1), self.o_weight)

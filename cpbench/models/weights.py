@@ -1,7 +1,9 @@
 """Where the values of a model come from: random numbers that are a function of (seed, parameter name, global index), or a checkpoint.
 
 A rank makes or reads its own shard without its neighbours', and every layout has the same model, so answers can be compared over layouts.
-Random linear weights are uniform with standard deviation fan_in^-0.5, so that activations keep their size; norm weights lie around 1.
+Random linear weights are uniform with standard deviation fan_in^-0.5, so that activations keep their size; norm weights lie around 1. Where
+projections are quantised, their output channels are half, once or twice as large, as a function of the index: trained ones differ too, and where
+all are alike a scale of the wrong channel would hide in the rounding.
 Which tensors a checkpoint has, and whether they are those of a model, is decided in checkpoint.py.
 """
 
@@ -17,8 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cpbench.models.checkpoint import BLOCK, SCALE, Checkpoint
+from cpbench.models.linear import Weight, hold
+from cpbench.quantisation import NONE
 
 ROW_CHUNK_ELEMENTS = 1 << 20
+PROJECTION = "_proj.weight"  # how the names of quantised weights end
 
 
 class Weights(Protocol):
@@ -26,6 +31,10 @@ class Weights(Protocol):
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
+        ...
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
         ...
 
     def norm(self, name: str, size: int) -> Tensor:
@@ -44,13 +53,22 @@ class RandomWeights:
     seed: int
     dtype: torch.dtype
     device: torch.device
-    rounded_to: torch.dtype | None = None  # the dtype whose values are used, where `dtype` is wider: the reference of a bf16 model
+    rounded_to: torch.dtype | None = None  # the dtype whose values are used, where `dtype` is wider: the reference of a bf16 model, never quantised
+    quant: str = NONE
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         out_features, in_features = shape
         rows, columns = rows or range(out_features), columns or range(in_features)
-        return self.values(name, torch.arange(rows.start, rows.stop), torch.arange(columns.start, columns.stop), in_features**-0.5)
+        index = torch.arange(rows.start, rows.stop)
+        weight = self.values(name, index, torch.arange(columns.start, columns.stop), in_features**-0.5)
+        if self.quant != NONE and name.endswith(PROJECTION):
+            weight.mul_((_hash_index(index.to(self.device), f"{self.seed}/{name}/size") % 3 - 1).to(torch.float32).exp2_().to(self.dtype)[:, None])
+        return weight
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
+        return hold(weight, self.quant if self.rounded_to is None else NONE)
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size], around 1."""
@@ -83,11 +101,16 @@ class CheckpointWeights:
     dtype: torch.dtype
     device: torch.device
     rounded_to: torch.dtype | None = None  # as in RandomWeights
+    quant: str = NONE
     _files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # open files by name: opening one parses its header
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         return self._read(name, shape, (rows, columns))
+
+    def hold(self, weight: Tensor) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
+        return hold(weight, self.quant if self.rounded_to is None else NONE)
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size]."""

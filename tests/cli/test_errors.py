@@ -31,6 +31,8 @@ USAGE = {
     "unknown strategy": "sweep --strategy rng",
     "unknown target": "sweep --target prefil",
     "unknown dtype": "sweep --dtype fp32",
+    "unknown quant": "sweep --quant fp7",
+    "quantised attention alone": "sweep --quant fp8 --target attention",
     "unknown kernel": "sweep --set kernel=flash",
     "unknown partition": "sweep --set partition=zigzg",
     "unknown field": "sweep --set timing.precison=1%",

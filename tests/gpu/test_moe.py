@@ -19,8 +19,8 @@ def test_grouped_gemms_give_what_single_ones_give(experts, monkeypatch):
     whole = moe.Shard(0, 1)
     mlp = moe.SparseMLP(config_of(experts), RandomWeights(3, torch.bfloat16, cuda), "model.layers.1.mlp", 1, whole, whole, whole)
     x_nM = RandomWeights(5, torch.bfloat16, cuda).values("x", torch.arange(301), torch.arange(64), 1.0)
-    assert moe.grouped_gemm(x_nM)
+    assert moe.has_grouped(x_nM, mlp.gate_up_weight)
     together = run(mlp, x_nM)
-    monkeypatch.setattr(moe, "grouped_gemm", lambda x_PM: False)
+    monkeypatch.setattr(moe, "has_grouped", lambda x_PM, weight: False)
     one_by_one = run(mlp, x_nM)
     assert float((together - one_by_one).float().norm() / one_by_one.float().norm()) < 5e-3

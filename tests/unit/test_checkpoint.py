@@ -265,6 +265,22 @@ def test_decoders_of_a_checkpoint_are_kept_and_one_that_has_changed_is_not_read(
         Models(str(folder)).get(cell, random, Slice.of(cell, 0))
 
 
+def test_projections_of_a_checkpoint_are_quantised_after_they_are_read(folder):
+    """Slice by slice as it is read, other weights not at all, and the reference never."""
+    config, name = from_hugging_face(folder), "model.layers.0.self_attn.o_proj.weight"
+    cell = Cell("prefill", config, 2, Layout(), "none", "contiguous", "auto", "float32", "cpu", (9,), weights=Checkpoint.open(folder).name, quant="fp8")
+    random, models, part = RandomWeights(0, torch.float32, CPU, quant="fp8"), Models(str(folder)), Slice.of(cell, 0)
+    decoder = models.get(cell, random, part)
+    stored, held = load_file(folder / SINGLE), decoder.layers[0].attention.o_weight
+    scale = stored[name].float().abs().amax(1) / 448
+    assert held.values.dtype == torch.float8_e4m3fn and torch.equal(held.scales, scale)
+    assert torch.equal(held.values.float(), (stored[name].float() / scale[:, None]).to(torch.float8_e4m3fn).float())
+    assert torch.equal(decoder.embedding, stored["model.embed_tokens.weight"].float())
+    assert models.get(cell, replace(random, quant="none"), part) is not decoder
+    reference = models.get(cell, RandomWeights(0, torch.float64, CPU, torch.float32, "fp8"), part)
+    assert torch.equal(reference.layers[0].attention.o_weight, stored[name].double())
+
+
 def test_a_cell_says_which_weights_and_not_where_they_lie(folder):
     machine = Machine("cpu", 0, 2, 8 << 30, "Example CPU")
     fields = {"weights": str(folder), "seq": [64], "cp": [2], "strategies": ["ring"], "device": "cpu"}

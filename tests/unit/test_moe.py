@@ -161,10 +161,10 @@ def test_an_unknown_router_names_the_nearest(text, hint):
 @torch.inference_mode()
 def test_grouped_gemms_are_for_bf16_on_cuda(monkeypatch):
     """Their arithmetic is checked on CPU, where PyTorch falls back to a GEMM per group."""
-    assert not moe.grouped_gemm(rows())
+    assert not moe.has_grouped(rows(), torch.empty(0))
     mlp, x_nM = block(V3, torch.bfloat16), rows(97, torch.bfloat16)
     one_by_one = run(mlp, x_nM)
-    monkeypatch.setattr(moe, "grouped_gemm", lambda x_PM: len(x_PM) > 0)
+    monkeypatch.setattr(moe, "has_grouped", lambda x_PM, weight: len(x_PM) > 0)
     try:
         together = run(mlp, x_nM)
     except (RuntimeError, NotImplementedError) as error:
