@@ -104,7 +104,8 @@ def _collect(rows_nM: Tensor, tokens: Tensor, cell: Cell, groups: Groups) -> tup
     """The copies of the rows, and how many tokens no rank has.
 
     Of attention alone, the heads of the tensor-parallel ranks lie side by side, and every pipeline stage has a copy; else the last stage
-    has the rows, and each tensor-parallel rank a copy. So has each context-parallel rank of a group in which tokens are replicated.
+    has the rows, and each tensor-parallel rank a copy, or with sp a part of one. So has each context-parallel rank of a group in which tokens
+    are replicated.
     """
     layout, world = cell.layout, groups.world
     if cell.target == "attention":
@@ -122,13 +123,12 @@ def _collect(rows_nM: Tensor, tokens: Tensor, cell: Cell, groups: Groups) -> tup
     attention = cell.target == "attention"
     copies: dict[int, Tensor] = {}
     held = torch.zeros(cell.tokens, dtype=torch.bool, device=rows_nM.device)
-    for pp, copy, tp in product(
-        range(layout.pp) if attention else [layout.pp - 1], range(layout.cp if any(replicated) else 1), [0] if attention else range(layout.tp)
-    ):
+    stages, parts = range(layout.pp) if attention else [layout.pp - 1], cell.token_rows[0].tp if cell.token_rows else 1
+    for pp, copy, tp in product(stages, range(layout.cp if any(replicated) else 1), [0] if attention else range(layout.tp // parts)):
         whole = copies.setdefault(layout.rank_of(pp=pp, cp=copy, tp=tp), rows_nM.new_full((cell.tokens, rows_nM.shape[1]), float("nan")))
         for dp in range(layout.dp):
-            for cp in [copy] if replicated[dp] else range(layout.cp):
-                rank = layout.rank_of(pp, dp, cp, tp)
+            for cp, part in product([copy] if replicated[dp] else range(layout.cp), range(parts)):
+                rank = layout.rank_of(pp, dp, cp, tp + part)
                 index = places_of[rank][places_of[rank] >= 0]
                 whole[index] = rows_of[rank][: len(index)]
                 held[index] = True

@@ -131,7 +131,7 @@ def _of_degrees(pp: int, dp: int, cp: int, tp: int, ep: int, model: str, experts
     if pp * stage > MAX_RANKS:
         name = "".join(f"{axis}{size}" for axis, size in sizes.items() if size > 1)
         return LeftOut(name + behind, f"more than {MAX_RANKS} ranks", _shrunk(sizes))
-    attention = Layout(**sizes)
+    attention = Layout(pp, dp, cp, tp)
     if stage % ep == 0:
         return _fitting(replace(attention, ep=ep, moe_tp=0), model, experts)
     lacking = "" if experts else f", and {model} has no experts to divide"
@@ -168,7 +168,7 @@ def _shrunk(sizes: dict[str, int]) -> Layout:
     while prod(sizes.values()) > MAX_RANKS:
         largest = max(sizes, key=lambda axis: sizes[axis])
         sizes[largest] //= 2
-    return Layout(**sizes)
+    return Layout(sizes["pp"], sizes["dp"], sizes["cp"], sizes["tp"])
 
 
 def _algorithms(scenario: Scenario, config: ModelConfig, layout: Layout) -> Iterator[tuple[Layout, str]]:

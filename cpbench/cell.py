@@ -131,7 +131,7 @@ class Cell:
         whole = self.layout
         if whole.pp == whole.dp == 1 and not whole.divides_experts:
             return (Part(self, tuple(range(len(self.lengths)))),)
-        layout = Layout(cp=whole.cp, tp=whole.tp, ulysses=whole.ulysses)
+        layout = Layout(cp=whole.cp, tp=whole.tp, ulysses=whole.ulysses, sp=whole.sp)
         shares = spread(self.lengths, self.layout.dp)
         batches = [tuple(tuple(values[s] for s in sequences) for values in (self.lengths, self.prefixes)) for sequences in shares]
         cells = {batch: replace(self, layout=layout, lengths=batch[0], prefixes=batch[1]) for batch in dict.fromkeys(batches)}
@@ -192,7 +192,8 @@ class Cell:
         for index in range(self.step_count):
             splits = [mine[index].split if index < len(mine) else None for mine in steps]
             rows = tuple(tuple(split.rows(rank) if split else 0 for rank in range(self.layout.cp)) for split in splits)
-            found.append(TokenRows(rows, tuple(split is not None and split.replicated for split in splits)))
+            replicated = tuple(split is not None and split.replicated for split in splits)
+            found.append(TokenRows(rows, replicated, self.layout.tp if self.layout.sp and self.target != "attention" else 1))
         return tuple(found)
 
     def stage_layers(self, stage: int) -> range:

@@ -1,7 +1,8 @@
 """What must be gathered, scattered or reduced between the blocks of a decoder layer. Models call this and hold no collective.
 
 A block says over which axes its weights are cut. `gather` brings the tokens that such a block must see, `complete` sums its partial
-results and returns each rank its own rows; which collectives these are is decided in sharding.py. Experts have `gather_unit` and
+results and returns each rank its own rows; which collectives these are is decided in sharding.py. What a block returns is a `Partial`,
+which can be completed and nothing else, so that no sum is left out or done twice. Experts have `enter_experts`, `gather_unit` and
 `combine_unit` for the same, and `dispatch` for tokens that travel to them. Vocabulary shards, the last token of a
 sequence and the first generated one are here too. Attention across ranks is not here: that is the strategies' part, and hidden states go
 from stage to stage in pipeline.py.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +22,14 @@ from cpbench.distributed.mesh import Groups
 from cpbench.models.router import Routing
 from cpbench.partition import cut
 from cpbench.sharding import Axes, Exchange, Spans, TokenRows, Unit, exchange_over, spans_of
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a block computed with its part of the weights, which are cut over the axes `weights`: to be summed over them, here and once."""
+
+    values_nM: Tensor
+    weights: Axes
 
 
 @dataclass(frozen=True)
@@ -64,34 +74,52 @@ class Communicator:
         """The rows that a block must see whose weights are cut over the axes `weights`: those of other ranks too where an axis cuts both."""
         return self._gathered(x_nM, spans_of(self._groups.layout, weights))
 
-    def complete(self, partial_nM: Tensor, weights: Axes) -> Tensor:
+    def complete(self, partial: Partial) -> Tensor:
         """Sum the partial results of a block over the axes that cut its weights. Returns this rank's rows; in place where nothing was gathered."""
-        spans = spans_of(self._groups.layout, weights)
-        return self._sum(self._scattered(partial_nM, spans), self._exchange(spans).sums)
-
-    def scatter(self, partial_nM: Tensor, weights: Axes) -> Tensor:
-        """As `complete` without the last sum, over tp, for results that others are added to before."""
-        spans = spans_of(self._groups.layout, weights)
-        return self._sum(self._scattered(partial_nM, spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
+        if not isinstance(partial, Partial):
+            raise TypeError(f"a {type(partial).__name__} is complete already: only partial sums are summed")
+        spans = spans_of(self._groups.layout, partial.weights)
+        return self._sum(self._scattered(partial.values_nM, spans), self._exchange(spans).sums)
 
     @property
     def unit(self) -> Unit:
         assert self._unit is not None, "the model has no experts"
         return self._unit
 
+    @cached_property
+    def _inside(self) -> Axes:
+        """The axes that are gathered before a block of experts and scattered after it, once for routed and shared experts together."""
+        sequence_parallel = self._rows.tp > 1 and dict(self.unit.spans)["tp"] == self._tp.size
+        return ("tp",) if sequence_parallel else ()
+
+    def enter_experts(self, x_nM: Tensor) -> Tensor:
+        """The rows that routed and shared experts both start from: those of the whole tensor-parallel group where both must see them."""
+        return self._gathered(x_nM, tuple((axis, self._groups.layout.size(axis)) for axis in self._inside))
+
+    def gather_shared(self, x_nM: Tensor, weights: Axes) -> Tensor:
+        """As `gather`, of what `enter_experts` returned."""
+        return self._gathered(x_nM, self._outside(spans_of(self._groups.layout, weights)))
+
+    def scatter_shared(self, partial: Partial) -> Tensor:
+        """As `complete` of what shared experts computed, without the last sum, over tp, which `combine_unit` does for all experts together."""
+        spans = self._outside(spans_of(self._groups.layout, partial.weights))
+        return self._sum(self._scattered(partial.values_nM, spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
+
     def gather_unit(self, x_nM: Tensor) -> Tensor:
         """The rows that the experts of this rank's unit are asked for: those that its ranks must see together, or a share of its own."""
-        seen_nM = self._gathered(x_nM, self.unit.spans)
+        seen_nM = self._gathered(x_nM, self._outside(self.unit.spans))
         rows = self.unit.rows(len(seen_nM))
         return seen_nM[rows.start : rows.stop]
 
     def combine_unit(self, partial_uM: Tensor, rows: int, shared_nM: Tensor | None) -> Tensor:
-        """Each rank's own `rows` [n, M] from the unit's partial sums, with those of shared experts (`scatter`) added; may reuse either.
+        """Each rank's own rows from the unit's partial sums, with those of shared experts (`scatter_shared`) added; may reuse either.
 
-        A unit that took a share of the rows has zeros to add to the others. One of a single rank has no partial sums: its share is whole.
+        `rows`: how many `enter_experts` returned. A unit that took a share of them has zeros to add to the others. One of a single rank has no
+        partial sums: its share is whole.
         """
-        unit, plan = self.unit, self._exchange(self.unit.spans)
-        partial_uM = self._sum(self._scattered(partial_uM, unit.spans), [span for span in plan.sums if span[0] != "tp"])
+        unit, spans = self.unit, self._outside(self.unit.spans)
+        sums = self._exchange(spans).sums
+        partial_uM = self._sum(self._scattered(partial_uM, spans), [span for span in sums if span[0] != "tp"])
         if unit.share.size > 1 and unit.ranks == 1 and shared_nM is None:
             out_nM = partial_uM.new_empty(rows, partial_uM.shape[1])
             if rows:
@@ -103,7 +131,12 @@ class Communicator:
             out_nM[mine.start : mine.stop] += partial_uM
         else:
             out_nM = partial_uM if shared_nM is None else partial_uM.add_(shared_nM)
-        return self._sum(out_nM, [span for span in plan.sums if span[0] == "tp"])
+        out_nM = self._sum(out_nM, [span for span in sums if span[0] == "tp"])
+        return self._scattered(out_nM, tuple((axis, self._groups.layout.size(axis)) for axis in self._inside))
+
+    def _outside(self, spans: Spans) -> Spans:
+        """Without the axes that `enter_experts` gathers over."""
+        return tuple(span for span in spans if span[0] not in self._inside)
 
     def dispatch(self, loads_E: Tensor) -> Dispatch:
         """Tell the other expert-parallel ranks how many rows each of their experts gets from here, and learn what they send."""
@@ -146,8 +179,10 @@ class Communicator:
 
         Where every context-parallel rank computes every token, all have it.
         """
+        if self._rows.tp > 1:
+            self._tp.all_reduce(last_BM)  # every other rank adds zeros, which is exact
         if token_sharded:
-            self._cp.all_reduce(last_BM)  # every other rank adds zeros, which is exact
+            self._cp.all_reduce(last_BM)
         return last_BM
 
     def greedy(self, logits_BV: Tensor, first: int) -> tuple[list[int], list[float]]:

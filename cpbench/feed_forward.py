@@ -7,6 +7,7 @@ unless it is told how many rows travelled.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from cpbench.cell import Cell
@@ -58,34 +59,49 @@ def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int, travell
     experts = cell.config.experts
     if experts is None or not cell.config.is_sparse(layer):
         return block_traffic(cell, step, place, DENSE_MLP)
-    unit, mine, row = _unit(cell, place), step.rows[place.dp][place.cp], cell.config.hidden * cell.element_bytes
-    total = _surroundings(cell, step, place, unit.spans, tp=False)
+    unit, mine, row = _unit(cell, place), step.attended(place), cell.config.hidden * cell.element_bytes
+    total, inside = Traffic(), _inside(cell, step, unit)
+    if inside:
+        total += _surroundings(cell, step, place, inside)
+    total += _surroundings(cell, step, place, _outside(unit.spans, inside), tp=False)
     if experts.shared:
-        total += _surroundings(cell, step, place, spans_of(cell.layout, DENSE_MLP), tp=False)
+        total += _surroundings(cell, step, place, _outside(spans_of(cell.layout, DENSE_MLP), inside), tp=False)
     if unit.alltoall:
         ep = cell.layout.ep
         total.add("ep", "all_to_all", (ep - 1) * experts.count // ep * INDEX_BYTES)
         total.add("ep", "all_to_all", row * (_expected(cell, step, place) if travelled is None else travelled), 2)
     if mine and unit.share.size > 1 and unit.ranks == 1 and not experts.shared:
         total.add("tp", "all_gather", (mine - len(unit.rows(mine))) * row)
-    elif mine and cell.layout.tp > 1:
+    elif mine and cell.layout.tp > 1 and step.tp == 1:
         total.add("tp", "all_reduce", 2 * mine * row * (cell.layout.tp - 1) // cell.layout.tp)
     return total
 
 
-def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...]) -> Traffic:
-    """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, and sums."""
-    return _surroundings(cell, step, place, spans_of(cell.layout, weights), tp=True)
+def _inside(cell: Cell, step: TokenRows, unit: Unit) -> Spans:
+    """Over tp, where routed and shared experts start from the rows of a whole tensor-parallel group that are gathered and scattered once."""
+    tp = cell.layout.tp
+    return (("tp", tp),) if step.tp > 1 and dict(unit.spans)["tp"] == tp else ()
 
 
-def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool) -> Traffic:
-    """Gathers and sums; `tp`: the last one, over tp, too."""
-    mine, total = step.rows[place.dp][place.cp], Traffic()
+def _outside(spans: Spans, inside: Spans) -> Spans:
+    """What is left of some axes."""
+    return tuple(span for span in spans if span not in inside)
+
+
+def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...], *, before: bool = True) -> Traffic:
+    """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, unless it needs none before, and sums."""
+    return _surroundings(cell, step, place, spans_of(cell.layout, weights), before=before)
+
+
+def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool = True, before: bool = True) -> Traffic:
+    """Gathers (`before` the block) and sums; `tp`: the last all-reduce, over tp, too."""
+    mine, total = step.attended(place), Traffic()
     row = cell.config.hidden * cell.element_bytes
     plan = exchange_over(place, step, spans)
     for gather in plan.gathers:
         own = gather.rows[getattr(place, gather.axis) % len(gather.rows)]
-        total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * row)
+        if before:
+            total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * row)
         total.add(gather.axis, "reduce_scatter", own * (len(gather.rows) - 1) * row)
     for axis, size in plan.sums if mine else ():
         if tp or axis != "tp":
@@ -96,14 +112,24 @@ def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans,
 def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pairs: int | None = None) -> int:
     """Alive at the largest moment of the feed-forward block, beside the residual: gathering, computing, or scattering its sums."""
     experts, size = cell.config.experts, cell.element_bytes
-    row, mine = cell.config.hidden * size, step.rows[place.dp][place.cp]
     if experts is None or not cell.config.is_sparse(layer):
         return _dense_bytes(cell, step, place, cell.config.intermediate)
-    unit, kept = _unit(cell, place), mine * row if experts.shared else 0
+    unit = _unit(cell, place)
+    around = 0
+    if _inside(cell, step, unit):  # what follows begins with the rows of the tensor-parallel group
+        around, step = surrounding_bytes(cell, step, place, ("tp",)), replace(step, tp=1)
+    row, mine = cell.config.hidden * size, len(step.held(place))
+    kept = mine * row if experts.shared else 0
     normed = mine * row if exchange(cell.layout, place, step, DENSE_MLP).gathers else 0
     moments = [normed + _dense_bytes(cell, step, place, _shared(experts))] if experts.shared else []
     moments += [kept + moment for moment in _around(cell, step, place, unit.spans)]
-    return max(*moments, kept + _routed_bytes(cell, step, place, unit, pairs))
+    return max(around, *moments, kept + _routed_bytes(cell, step, place, unit, pairs))
+
+
+def surrounding_bytes(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...]) -> int:
+    """Alive at the largest moment around a block whose weights are cut over the axes `weights`, beside the residual: gathering rows before it,
+    or scattering its sums."""
+    return max(_around(cell, step, place, spans_of(cell.layout, weights)))
 
 
 def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, pairs: int | None) -> int:
@@ -137,7 +163,7 @@ def _dense_bytes(cell: Cell, step: TokenRows, place: Coordinates, width: int) ->
 
 def _around(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> list[int]:
     """Moments of the gathers before a block and of the sums after it; of its own rows where there are none."""
-    row, before = cell.config.hidden * cell.element_bytes, step.rows[place.dp][place.cp]
+    row, before = cell.config.hidden * cell.element_bytes, len(step.held(place))
     moments = [before * row]
     for gather in exchange_over(place, step, spans).gathers:
         moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
@@ -159,7 +185,7 @@ def _columns(cell: Cell, width: int) -> int:
 def _rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
     """Tokens that a dense block of a rank sees in a step: its own, or those gathered."""
     gathers = exchange(cell.layout, place, step, DENSE_MLP).gathers
-    return sum(gathers[-1].rows) if gathers else step.rows[place.dp][place.cp]
+    return sum(gathers[-1].rows) if gathers else step.attended(place)
 
 
 def _unit(cell: Cell, place: Coordinates) -> Unit:

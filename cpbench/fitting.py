@@ -29,6 +29,8 @@ def has_experts(config: ModelConfig) -> bool:
 def layout_reason(cell: Cell) -> str | None:
     """Why the model or the batch does not divide as the layout says, with the nearest layout on which they do; None where they do."""
     layout, config = cell.layout, cell.config
+    if layout.sp and cell.target == "attention":
+        return f"sp cuts rows between blocks, and attention alone has none; the nearest valid layout is {replace(layout, sp=False)}"
     if cell.dispatch == ALLTOALL and cell.has_experts and layout.ep == 1:
         return "dispatch=alltoall sends rows to experts on other ranks, and ep=1 has none; the nearest valid value is dispatch=gather"
     what = undivided(config, cell.target, layout.dp, layout.tp) or (experts_undivided(config, layout, cell.dispatch) if cell.has_experts else None)
@@ -104,7 +106,9 @@ def _nearest(cell: Cell) -> Layout:
     pp, tokens = min(layout.pp, cell.layers), most_tokens(cell.lengths, dp)
     wider = layout.cp * layout.pp // pp
     degrees = [wider] if wider <= tokens and not layout.pp % pp else []
-    found = (Layout(pp, dp, cp, tp, u) for cp in [*degrees, *range(min(layout.cp, tokens), 0, -1)] for u in _hybrids(layout.ulysses, cp))
+    found = (
+        Layout(pp, dp, cp, tp, u, sp=layout.sp and tp > 1) for cp in [*degrees, *range(min(layout.cp, tokens), 0, -1)] for u in _hybrids(layout.ulysses, cp)
+    )
     nearest = next(fitting for fitting in found if _runs(cell, fitting))
     return _nearest_experts(cell, nearest) if cell.has_experts else nearest
 

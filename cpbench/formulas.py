@@ -28,9 +28,15 @@ def score_pairs(cell: Cell, rank: int) -> int:
 
 
 def new_rows(cell: Cell, rank: int) -> int:
-    """New tokens that a global rank holds, over all steps."""
+    """New tokens that a global rank attends with, over all steps."""
     place = cell.layout.coordinates(rank)
-    return sum(rows.rows[place.dp][place.cp] for rows in cell.token_rows)
+    return sum(rows.attended(place) for rows in cell.token_rows)
+
+
+def held_rows(cell: Cell, rank: int) -> int:
+    """New tokens whose rows a global rank holds between blocks, over all steps."""
+    place = cell.layout.coordinates(rank)
+    return sum(len(rows.held(place)) for rows in cell.token_rows)
 
 
 def flops_of_rank(cell: Cell, rank: int) -> int:
@@ -93,6 +99,8 @@ def traffic(cell: Cell, rank: int, sent: Sent | None = None) -> Traffic:
         batch = len(part.lengths)
         if layout.cp > 1 and not part.steps[-1].split.replicated:
             total.add("cp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.cp - 1) // layout.cp)
+        if layout.sp:
+            total.add("tp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.tp - 1) // layout.tp)
         if layout.tp > 1:
             total.add("tp", "all_gather", (layout.tp - 1) * batch * 4 * 8)  # two values and two indices in fp64
     return total
@@ -123,16 +131,15 @@ def travelled(cell: Cell, rank: int, index: int, sent: Sent | None) -> dict[int,
 
 def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates, travelled: dict[int, int]) -> Traffic:
     """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
-    layers, mine, total = cell.stage_layers(place.pp), step.rows[place.dp][place.cp], Traffic()
-    if mine:
+    layers, mine, total = cell.stage_layers(place.pp), len(step.held(place)), Traffic()
+    if step.attended(place):
         total += feed_forward.block_traffic(cell, step, place, ATTENTION).times(len(layers))
     for layer in layers:
         total += feed_forward.traffic(cell, step, place, layer, travelled.get(layer))
-    if cell.target == "prefill" and mine:
-        if place.pp == 0:
-            total += feed_forward.block_traffic(cell, step, place, VOCABULARY)
-        else:
-            total.add("pp", "send_recv", mine * cell.config.hidden * cell.element_bytes)
+    if cell.target == "prefill" and place.pp == 0 and step.attended(place):
+        total += feed_forward.block_traffic(cell, step, place, VOCABULARY, before=False)  # every rank knows all token ids
+    if cell.target == "prefill" and place.pp > 0 and mine:
+        total.add("pp", "send_recv", mine * cell.config.hidden * cell.element_bytes)
     return total
 
 
@@ -151,17 +158,19 @@ def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | No
     buffers: int = sum(max(sizes) for sizes in zip(*(cost.buffers for cost in costs), strict=True))
     fixed = kept * copies + buffers
     attention = max(cost.moment for cost in costs)
-    rows = new_rows(cell, rank)
+    rows = held_rows(cell, rank)
     if cell.target == "attention":  # the inputs of all steps are made once
         inputs = rows * cell.heads * cell.shape.qk_dim + (rows * row_values(cell) if len(part.steps) > 1 else 0)
         inputs += rows * config.indexer.heads * (config.indexer.dim + max(1, 4 // size)) if config.indexer else 0  # gates are wide
         latent = config.latent.kv_rank * cell.heads * (config.latent.nope_dim + config.latent.v_dim) if config.latent else 0
         return fixed + attention + (inputs + latent) * size
-    largest = max(step.rows[place.dp][place.cp] for step in (cell.token_rows[index] for index in chosen))
+    largest = max(len(cell.token_rows[index].held(place)) for index in chosen)
+    attended = max(cell.token_rows[index].attended(place) for index in chosen)
     kinds = config.kinds(layers)
+    attention = max(attention, *(feed_forward.surrounding_bytes(cell, cell.token_rows[index], place, ATTENTION) for index in chosen))
     moment = max(attention, *(feed_forward.live_bytes(cell, cell.token_rows[index], place, layer, pairs) for index in chosen for layer in kinds))
     hidden = (rows if cell.target == "layer" else largest * _hidden_tensors(cell, place)) * config.hidden * size
-    angles = largest * config.rotary_dim * 4  # cos and sin in fp32, half a head each
+    angles = attended * config.rotary_dim * 4  # cos and sin in fp32, half a head each
     return fixed + moment + weights_bytes(cell, rank) + hidden + angles
 
 

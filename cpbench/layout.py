@@ -6,6 +6,8 @@ whose tp_size is the ranks of a stage here). What a model, a strategy or an engi
 
     pp2dp2cp4tp2/ep8tp2    2 stages of 16 ranks; attention 2 x 4 x 2; experts over 8, each cut in 2
 
+With `sp` behind tp, as in `cp2tp4sp`, the rows between blocks are cut over the tensor-parallel ranks too (sequence-parallel norms).
+
 A hybrid cuts the context-parallel axis in two: `cp8u4` is Ulysses over 4 neighbours inside a ring of 2, so context rank 5 is ring
 place 1, Ulysses place 1.
 """
@@ -26,8 +28,9 @@ INNER_AXES = ("ring", "ulysses")  # the two parts of cp in a hybrid, outermost f
 MOE_AXES = ("moe_dp", "ep", "moe_tp")  # the ranks of a stage once more, outermost first
 NAMES = {"pp": "pp", "dp": "dp", "cp": "cp", "u": "ulysses", "tp": "tp"}  # in the name of a layout, in this order
 MOE_NAMES = {"dp": "moe_dp", "ep": "ep", "tp": "moe_tp"}  # behind its slash
+SP = re.compile(r"(?<=[0-9])sp(?![0-9])")  # behind the size of an axis
 MAX_RANKS = 1024
-HINT = f"Join axis names ({', '.join(NAMES)}) and sizes, for example cp4tp2, cp8u4 or cp2tp4/ep4tp2."
+HINT = f"Join axis names ({', '.join(NAMES)}) and sizes, for example cp4tp2, cp8u4, tp4sp or cp2tp4/ep4tp2."
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Layout:
     moe_dp: int = 1
     ep: int = 1
     moe_tp: int = 0  # 0: the rest of the stage
+    sp: bool = False  # rows between blocks are cut over tp
 
     def __post_init__(self) -> None:
         for name, field in NAMES.items():
@@ -66,6 +70,11 @@ class Layout:
         for name, field in MOE_NAMES.items():
             if field != "moe_tp" or self.moe_tp:
                 _require_size(f"/{name}", getattr(self, field))
+        if self.sp and self.tp == 1:
+            plain = replace(self, sp=False)
+            raise CpbenchError(
+                f"sp in {self._attention_name} cuts rows over tp, and tp is 1.", f"The nearest valid layouts are {plain} and {replace(self, tp=2)}."
+            )
         if self.cp % self.ulysses:
             near = nearest_divisor(self.ulysses, self.cp)
             raise CpbenchError(f"u={self.ulysses} does not divide cp={self.cp}.", f"The nearest valid value is u={near}.")
@@ -113,7 +122,8 @@ class Layout:
 
     @property
     def _attention_name(self) -> str:
-        return "".join(f"{name}{getattr(self, field)}" for name, field in NAMES.items() if getattr(self, field) > 1) or "cp1"
+        axes = "".join(f"{name}{getattr(self, field)}" for name, field in NAMES.items() if getattr(self, field) > 1)
+        return (axes or "cp1") + ("sp" if self.sp else "")
 
     def __str__(self) -> str:
         if not self.divides_experts:
@@ -122,7 +132,7 @@ class Layout:
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """Read `cp4tp2` or `cp2tp4/ep4tp2`: axes in any order, each at most once. Raises CpbenchError."""
+        """Read `cp4tp2sp` or `cp2tp4/ep4tp2`: axes in any order, each at most once, sp behind tp. Raises CpbenchError."""
         return _parsed(name)
 
     def size(self, axis: str) -> int:
@@ -156,12 +166,13 @@ class Layout:
 @lru_cache(maxsize=1 << 14)
 def _parsed(name: str) -> Layout:
     attention, slash, experts = name.partition("/")
-    sizes = _parse(attention, name, NAMES)
+    axes = SP.sub("", attention, count=1)
+    sizes = _parse(axes, name, NAMES)
     if not slash:
-        return Layout(**sizes)
+        return Layout(**sizes, sp=axes != attention)
     expert_sizes = {"moe_tp": 1, **_parse(experts, name, MOE_NAMES)}
     _require_size("/tp", expert_sizes["moe_tp"])  # in a name, 0 is not the rest of the stage
-    return Layout(**sizes, **expert_sizes)
+    return Layout(**sizes, **expert_sizes, sp=axes != attention)
 
 
 @lru_cache(maxsize=4096)

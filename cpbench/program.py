@@ -36,7 +36,7 @@ from cpbench.paging import BlockTable, plan_cache
 from cpbench.pipeline import Pipeline
 from cpbench.segments import place
 from cpbench.selective_attention import IndexQueries, SelectiveAttention
-from cpbench.sharding import Unit, dispatch_of, unit_of, unit_places
+from cpbench.sharding import Unit, dispatch_of, unit_of, unit_pieces
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import Context, OpenRows, ParallelAttention, cached_rows, keys_and_values, row_index, row_values
 from cpbench.visible import in_order
@@ -57,11 +57,14 @@ class Output:
 class Step:
     """One step of a pass on one rank: its tokens, where they lie among the rank's rows of all steps, and what is planned for it.
 
-    `last_rows`: the row of the last token of each sequence of the part that ends here. Without attention the rank has no rows in this step.
+    `rows`: those that it attends with, among all that it attends with; `held`: those that it has between blocks, among all of these.
+    `last_rows`: where the last token of each sequence of the part that ends here is, among the rows held in this step. Without attention
+    the rank has no rows in this step.
     """
 
     positions: Tensor
     rows: slice
+    held: slice
     last_rows: dict[int, int]
     attention: ParallelAttention | None
     communicator: Communicator
@@ -87,10 +90,12 @@ class Program:
         self.slice = Slice.of(cell, groups.rank)
         self.heads = HeadSlice.of(cell.config, self.slice.attention)
         self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)
-        self.tokens = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
+        self.attended = row_index(cell.tokens_of(self.place.dp, self.place.cp), device)
         self.cache, caches = self._cache()
         self.log, self.selections = ChoiceLog(), ChoiceLog()
         self.steps = self._steps(kernel, caches)
+        held = [step.rows.start + row for step, rows in zip(self.steps, cell.token_rows, strict=True) for row in rows.held(self.place)]
+        self.tokens = self.attended[held]  # those that this rank has between blocks, and in its output
         self.models = models or Models()
         self.inputs: list[Tensor] = []
         self.parameters: list[Tensor] = []
@@ -139,22 +144,23 @@ class Program:
         return torch.cat([self.weights.values(f"{name}{which}", tokens, columns, 1.0) for which in ("k", "v")], 1)
 
     def _steps(self, kernel: Kernel, caches: Sequence[StepCache]) -> list[Step]:
-        cp_rank, first, steps = self.place.cp, 0, []
+        cp_rank, first, kept, steps = self.place.cp, 0, 0, []
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
             communicator = Communicator(self.groups, rows, *self._to_experts(index))
             if index >= len(self.part.steps):  # other groups have tokens left
-                steps.append(Step(row_index([], self.device), slice(first, first), {}, None, communicator))
+                steps.append(Step(row_index([], self.device), slice(first, first), slice(kept, kept), {}, None, communicator))
                 continue
-            step = self.part.steps[index]
+            step, held = self.part.steps[index], rows.held(self.place)
             split = step.split
             done = [prefix + length for prefix, length in zip(step.prefixes, step.lengths, strict=True)]
-            last_rows = {sequence: row for sequence, row in split.last_rows(cp_rank).items() if done[sequence] == totals[sequence]}
+            ends = {sequence: row for sequence, row in split.last_rows(cp_rank).items() if done[sequence] == totals[sequence]}
+            last_rows = {sequence: row - held.start for sequence, row in ends.items() if row in held}
             context = Context(self.groups, kernel, self.buffers, caches[index], self.scale, self.cell.shape)
-            mine = slice(first, first + split.rows(cp_rank))
-            attention = self._attention_of(step, context, self.tokens[mine])
-            steps.append(Step(row_index(split.positions(cp_rank), self.device), mine, last_rows, attention, communicator))
-            first = mine.stop
+            attended, mine = slice(first, first + split.rows(cp_rank)), slice(kept, kept + len(held))
+            attention = self._attention_of(step, context, self.attended[attended])
+            steps.append(Step(row_index(split.positions(cp_rank), self.device), attended, mine, last_rows, attention, communicator))
+            first, kept = attended.stop, mine.stop
         return steps
 
     def _attention_of(self, step: Cell, context: Context, tokens_n: Tensor) -> ParallelAttention:
@@ -172,9 +178,9 @@ class Program:
         if not cell.has_experts:
             return ()
         unit, seen = unit_of(cell.layout, self.place, dispatch_of(cell.layout, cell.dispatch)), []
-        for dp, cp in unit_places(unit, self.place, steps[index]):
-            first = sum(rows.rows[dp][cp] for rows in steps[:index])
-            seen.append(row_index(cell.tokens_of(dp, cp), self.device)[first : first + steps[index].rows[dp][cp]])
+        for dp, cp, rows in unit_pieces(unit, self.place, steps[index]):
+            first = sum(before.rows[dp][cp] for before in steps[:index])
+            seen.append(row_index(cell.tokens_of(dp, cp), self.device)[first + rows.start : first + rows.stop])
         tokens = torch.cat(seen)
         mine = unit.rows(len(tokens))
         return unit, Routing(RouterRule.parse(cell.router), cell.seed, tokens[mine.start : mine.stop].clone(), self.log)
@@ -187,7 +193,7 @@ class Program:
         self.parameters = self.decoder.parameters()
         positions = [step.positions for step in self.steps]
         if cell.target == "prefill":
-            ids = self.models.token_ids(cell).to(self.device)[self.tokens]
+            ids = self.models.token_ids(cell).to(self.device)[self.attended]
             self.inputs = [ids, *positions]
             return lambda: self._prefill(ids), lambda: None
         hidden = torch.empty(len(self.tokens), cell.config.hidden, dtype=self.dtype, device=self.device)
@@ -263,13 +269,13 @@ class Program:
 
     def _layers(self, hidden: Tensor) -> Output:
         for step in self.steps:
-            self.decoder.run_layers(hidden[step.rows], step.positions, step.attention, step.communicator)
+            self.decoder.run_layers(hidden[step.held], step.positions, step.attention, step.communicator)
         return Output(hidden)
 
     def _prefill(self, ids: Tensor) -> Output:
         """Stages pass on the hidden states of every step; the last one keeps those of the last tokens, and has the first tokens."""
         last_BM = torch.zeros(len(self.part.lengths), self.cell.config.hidden, dtype=self.dtype, device=self.device)
-        pipeline = Pipeline(self.groups.pp, [step.rows.stop - step.rows.start for step in self.steps], last_BM)
+        pipeline = Pipeline(self.groups.pp, [step.held.stop - step.held.start for step in self.steps], last_BM)
         outputs: list[Tensor] = []
         for index, step in enumerate(self.steps):
             x_nM = self._embed(ids, step) if pipeline.is_first else pipeline.receive(index)

@@ -2,7 +2,9 @@
 
 A block whose weights are cut over ranks that hold different tokens must see those tokens gathered, else partial sums of different tokens
 are added up. What to gather follows from the axes alone: those that cut both. How many ranks an axis has, or whether two groups happen to
-be equally large, decides nothing. Pure data; communicator.py executes it and formulas.py counts it.
+be equally large, decides nothing. With sequence-parallel norms (`sp` in a layout) tp is such an axis: between blocks its ranks hold
+different tokens, so what is an all-reduce without it becomes a gather before a block and a scattered sum after it. Pure data;
+communicator.py executes it and formulas.py counts it.
 
 Experts are divided by axes of their own, which cut the same ranks another way. Ranks that must see the same tokens at the experts form a
 *unit*: where tokens are gathered, those that hold one copy of all experts together; where they are sent to their experts, those that hold
@@ -11,6 +13,7 @@ the same experts and cut their columns. A unit is neighbours on the attention ax
     dp2cp2tp2/ep4tp2, gather      one unit of 8: gather over cp, then dp; sums over tp
     dp2cp2tp2/ep4tp2, all-to-all  units of 2, which are the tensor-parallel groups: nothing is gathered; sums over tp
     cp2tp4/ep8, all-to-all        units of 1, four of which hold the same tokens: each takes a quarter of them
+    cp2tp4sp/ep8, all-to-all      units of 1, each with its own tokens: rows stay scattered on their way to the experts
 """
 
 from __future__ import annotations
@@ -29,18 +32,32 @@ Spans = tuple[tuple[str, int], ...]  # axes, and over how many neighbours on eac
 ATTENTION: Axes = ("tp",)  # heads
 DENSE_MLP: Axes = ("dp", "tp")  # columns: context-parallel ranks have the same weights, data-parallel ones share one copy, as in serving engines
 VOCABULARY: Axes = ("tp",)
-TOKEN_AXES: Axes = ("cp", "dp")  # innermost first: the tokens of a DP group come together before the groups do
+TOKEN_AXES: Axes = ("tp", "cp", "dp")  # innermost first: the tokens of a DP group come together before the groups do
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """How many rows each rank of a stage has in one step: `rows[dp][cp]`.
+    """How many rows each rank of a stage attends with in one step: `rows[dp][cp]`.
 
-    `replicated[dp]`: the context-parallel ranks of this group all hold the same tokens, so that cp does not cut them.
+    `replicated[dp]`: the context-parallel ranks of this group all hold the same tokens, so that cp does not cut them. `tp`: over how many
+    tensor-parallel ranks these rows are cut between blocks, as evenly as they can be; 1: each holds all of them.
     """
 
     rows: tuple[tuple[int, ...], ...]
     replicated: tuple[bool, ...]
+    tp: int = 1
+
+    def attended(self, place: Coordinates) -> int:
+        """Rows that a rank attends with."""
+        return self.rows[place.dp][place.cp]
+
+    def held(self, place: Coordinates) -> range:
+        """Which of them it holds between blocks."""
+        return self.piece(place.dp, place.cp, place.tp)
+
+    def piece(self, dp: int, cp: int, tp: int) -> range:
+        """The same of any rank."""
+        return range(*cut(self.rows[dp][cp], self.tp)[tp]) if self.tp > 1 else range(self.rows[dp][cp])
 
 
 @dataclass(frozen=True)
@@ -109,9 +126,13 @@ def exchange_over(place: Coordinates, tokens: TokenRows, spans: Spans) -> Exchan
     sizes = {axis: size for axis, size in spans if size > 1}
     gathers = []
     for axis in TOKEN_AXES:
-        if axis in sizes and not (axis == "cp" and tokens.replicated[place.dp]):
+        if axis in sizes and _cuts_tokens(axis, place, tokens):
             gathers.append(Gather(axis, _rows_along(axis, neighbours(place, axis, sizes[axis]), place, tokens, together="cp" in sizes)))
     return Exchange(tuple(gathers), tuple(span for span in sizes.items() if all(gather.axis != span[0] for gather in gathers)))
+
+
+def _cuts_tokens(axis: str, place: Coordinates, tokens: TokenRows) -> bool:
+    return tokens.tp > 1 if axis == "tp" else not (axis == "cp" and tokens.replicated[place.dp])
 
 
 def neighbours(place: Coordinates, axis: str, size: int) -> range:
@@ -122,6 +143,8 @@ def neighbours(place: Coordinates, axis: str, size: int) -> range:
 
 def _rows_along(axis: str, along: range, place: Coordinates, tokens: TokenRows, together: bool) -> tuple[int, ...]:
     """Rows of some ranks on an axis; with `together` those of a DP group have been gathered when the groups are."""
+    if axis == "tp":
+        return tuple(len(tokens.piece(place.dp, place.cp, tp)) for tp in along)
     if axis == "cp":
         return tuple(tokens.rows[place.dp][cp] for cp in along)
     return tuple(sum(tokens.rows[dp]) if together and not tokens.replicated[dp] else tokens.rows[dp][place.cp] for dp in along)
@@ -155,26 +178,30 @@ def unit_of(layout: Layout, place: Coordinates, dispatch: str) -> Unit:
     reach = unit_reach(layout, dispatch)
     assert reach is not None, f"the experts of {layout} straddle its attention groups"
     dp, cp, tp = reach
+    if layout.sp:  # every rank has tokens of its own
+        return Unit(dp * cp * tp, (("dp", dp), ("cp", cp), ("tp", tp)), Shard(0, 1), dispatch == ALLTOALL and layout.ep > 1)
     return Unit(dp * cp * tp, (("dp", dp), ("cp", cp), ("tp", layout.tp)), Shard(place.tp // tp, layout.tp // tp), dispatch == ALLTOALL and layout.ep > 1)
 
 
-def unit_places(unit: Unit, place: Coordinates, tokens: TokenRows) -> list[tuple[int, int]]:
-    """(dp, cp) of the ranks whose rows a unit sees, in the order in which they are gathered."""
+def unit_pieces(unit: Unit, place: Coordinates, tokens: TokenRows) -> list[tuple[int, int, range]]:
+    """(dp, cp, which of the rows there) that a unit sees, in the order in which they are gathered."""
     sizes = dict(unit.spans)
     found = []
     for dp in neighbours(place, "dp", sizes["dp"]):
-        found += [(dp, cp) for cp in ([place.cp] if tokens.replicated[dp] else neighbours(place, "cp", sizes["cp"]))]
+        for cp in [place.cp] if tokens.replicated[dp] else neighbours(place, "cp", sizes["cp"]):
+            pieces = [tokens.piece(dp, cp, tp) for tp in (neighbours(place, "tp", sizes["tp"]) if tokens.tp > 1 else [0])]
+            found.append((dp, cp, range(pieces[0].start, pieces[-1].stop)))
     return found
 
 
 def unit_rows(unit: Unit, place: Coordinates, tokens: TokenRows) -> int:
     """Rows that the experts of a unit are asked for, by the unit itself."""
-    return len(unit.rows(sum(tokens.rows[dp][cp] for dp, cp in unit_places(unit, place, tokens))))
+    return len(unit.rows(sum(len(rows) for _, _, rows in unit_pieces(unit, place, tokens))))
 
 
 def partial_groups(layout: Layout) -> Iterator[tuple[str, int, tuple[tuple[int, ...], ...]]]:
     """Axis, size and rank lists of the groups that are a part of an axis: where a unit reaches over some of its ranks only."""
     reaches = dict.fromkeys(reach for dispatch in (GATHER, ALLTOALL) if (reach := unit_reach(layout, dispatch)))
-    for axis, size in dict.fromkeys(span for dp, cp, _ in reaches for span in (("dp", dp), ("cp", cp))):
+    for axis, size in dict.fromkeys(span for dp, cp, tp in reaches for span in (("dp", dp), ("cp", cp), *([("tp", tp)] if layout.sp else []))):
         if 1 < size < layout.size(axis):
             yield axis, size, tuple(ranks[first : first + size] for ranks in layout.groups(axis) for first in range(0, len(ranks), size))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpbench.communicator import Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
@@ -59,13 +60,13 @@ class GroupedQueryAttention:
         self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
         self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
+    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
         q_nHD, rows_nW = self._project(x_nM, cos, sin, attention, layer)
         del x_nM
         out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
         del q_nHD
-        return linear(out_nHD.flatten(1), self.o_weight)
+        return Partial(linear(out_nHD.flatten(1), self.o_weight), self.axes)
 
     def _project(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
         """Rotated queries [n, H, D], and rotated K next to V in the rows that travel [n, 2 * G * D]."""

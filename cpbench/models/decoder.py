@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.cell import Cell
-from cpbench.communicator import Communicator
+from cpbench.communicator import Communicator, Partial
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
@@ -91,7 +91,9 @@ class DecoderLayer:
         """Adds this layer to `x_nM` in place. Without attention (and rows) the rank only helps with the tokens of others."""
         if attention is not None:
             block = self.attention
-            x_nM.add_(communicator.complete(block.forward(rms_norm(x_nM, self.input_norm, self.eps), cos, sin, attention, self.index), block.axes))
+            partial = block.forward(communicator.gather(rms_norm(x_nM, self.input_norm, self.eps), block.axes), cos, sin, attention, self.index)
+            x_nM.add_(communicator.complete(partial))
+            del partial
         return x_nM.add_(self.mlp.forward(lambda: rms_norm(x_nM, self.mlp_norm, self.eps), communicator))
 
 
@@ -125,14 +127,14 @@ class Decoder:
             self.final_norm = weights.norm("model.norm.weight", config.hidden)
 
     def embed(self, ids_n: Tensor, communicator: Communicator) -> Tensor:
-        """Hidden states [n, M] of token ids [n]; each tensor-parallel rank looks up its part of the vocabulary."""
+        """Hidden states of the rows held here, of token ids [n]; each tensor-parallel rank looks up its part of the vocabulary."""
         first, size = self.vocabulary.start, len(self.vocabulary)
         if size == self.config.vocab:
             return F.embedding(ids_n, self.embedding)
         local = ids_n - first
         elsewhere = (local < 0) | (local >= size)
         x_nM = F.embedding(local.masked_fill_(elsewhere, 0), self.embedding)
-        return communicator.complete(x_nM.masked_fill_(elsewhere[:, None], 0), VOCABULARY)
+        return communicator.complete(Partial(x_nM.masked_fill_(elsewhere[:, None], 0), VOCABULARY))
 
     def run_layers(self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
         """This stage's layers over the hidden states of this rank's tokens, in place."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.communicator import Partial
 from cpbench.models.config import LatentAttention, ModelConfig
 from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
@@ -48,7 +49,7 @@ class MultiHeadLatentAttention:
         self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns))
         self.open_rows = latent_rows(self.kv_b_weight, sizes, absorbed)
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
+    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
         rows_nW = attention.rows(layer, (x_nM.shape[0], self.sizes.row_values), x_nM)
         self._latent(x_nM, cos, sin, rows_nW)
@@ -60,7 +61,7 @@ class MultiHeadLatentAttention:
         del q_nhD
         if self.absorbed:
             out_nhE = release_outputs(out_nhE, self.kv_b_weight, self.sizes)
-        return linear(out_nhE.flatten(1), self.o_weight)
+        return Partial(linear(out_nhE.flatten(1), self.o_weight), self.axes)
 
     def _queries(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[n, h, N + P], the last P values rotated."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cpbench.communicator import Communicator
+from cpbench.communicator import Communicator, Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.linear import Weight, linear
 from cpbench.models.weights import Weights
@@ -30,13 +30,13 @@ class DenseMLP:
 
     def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
         """The block's output [n, M] for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
-        return communicator.complete(self.partial(communicator.gather(normed(), self.axes)), self.axes)
+        return communicator.complete(self.partial(communicator.gather(normed(), self.axes)))
 
-    def partial(self, x_nM: Tensor) -> Tensor:
+    def partial(self, x_nM: Tensor) -> Partial:
         """Partial sums of the block's output [n, M]."""
         gate_up_nI = linear(x_nM, self.gate_up_weight)
         del x_nM
-        return activated(gate_up_nI, self.down_weight)
+        return Partial(activated(gate_up_nI, self.down_weight), self.axes)
 
 
 def activated(gate_up_nI: Tensor, down_weight: Weight) -> Tensor:

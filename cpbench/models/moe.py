@@ -51,11 +51,10 @@ class SparseMLP:
 
     def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
         """The block's output [n, M] for this rank's rows. `normed` makes the input."""
-        x_nM = normed()
+        x_nM = communicator.enter_experts(normed())
         rows, shared = len(x_nM), None
         if self.shared is not None:
-            axes = self.shared.axes
-            shared = communicator.scatter(self.shared.partial(communicator.gather(x_nM, axes)), axes)
+            shared = communicator.scatter_shared(self.shared.partial(communicator.gather_shared(x_nM, self.shared.axes)))
         x_uM = communicator.gather_unit(x_nM)
         del x_nM
         choice = self.router.forward(x_uM, communicator.routing)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cpbench.communicator import Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
 from cpbench.models.latent import MultiHeadLatentAttention, absorb_queries, release_outputs
@@ -28,7 +29,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         super().__init__(config, weights, prefix, shard, absorbed=True)
         self.indexer = LightningIndexer(config, weights, f"{prefix}.indexer")
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Tensor:
+    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
         assert isinstance(attention, SelectiveAttention), "keys of a sparse model are selected"
         width = self.sizes.row_values
@@ -46,4 +47,4 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         del c_q_nR
         out_nhR = collected.attend(q_nhW, ids_nK)
         del q_nhW, ids_nK
-        return linear(release_outputs(out_nhR, self.kv_b_weight, self.sizes).flatten(1), self.o_weight)
+        return Partial(linear(release_outputs(out_nhR, self.kv_b_weight, self.sizes).flatten(1), self.o_weight), self.axes)

@@ -21,7 +21,7 @@ from cpbench.models.held import Models
 from cpbench.numerics import judge
 from cpbench.one_device import OneDevice
 from cpbench.program import Program
-from cpbench.sharding import TokenRows, unit_of, unit_places, unit_reach
+from cpbench.sharding import TokenRows, unit_of, unit_pieces, unit_reach
 
 CPU = torch.device("cpu")
 ONE_DEVICE = OneDevice(CPU)
@@ -143,16 +143,19 @@ def test_a_flip_of_nearly_equal_scores_is_no_error(monkeypatch):
     assert check.passed, check.reason
 
 
-@pytest.mark.parametrize("name", ["dp2cp2tp2/ep4tp2", "cp4tp2/dp2ep2tp2", "dp2tp4/dp4ep2", "tp8/ep8", "dp8/tp8", "cp2tp4/ep4tp2"])
+@pytest.mark.parametrize(
+    "name", ["dp2cp2tp2/ep4tp2", "cp4tp2/dp2ep2tp2", "dp2tp4/dp4ep2", "tp8/ep8", "dp8/tp8", "cp2tp4/ep4tp2", "cp2tp4sp/ep4tp2", "tp8sp/ep8", "dp2tp4sp/dp4ep2"]
+)
 @pytest.mark.parametrize("dispatch", ["gather", "alltoall"])
 def test_each_token_is_computed_in_one_unit(name, dispatch):
     layout = Layout.parse(name)
-    rows = TokenRows(tuple(tuple(5 + 3 * dp + cp for cp in range(layout.cp)) for dp in range(layout.dp)), (False,) * layout.dp)
+    counts = tuple(tuple(5 + 3 * dp + cp for cp in range(layout.cp)) for dp in range(layout.dp))
+    rows = TokenRows(counts, (False,) * layout.dp, layout.tp if layout.sp else 1)
     units: dict[int, set[tuple[int, int, int]]] = {}
     for rank in range(layout.world_size):
         place = layout.coordinates(rank)
         unit = unit_of(layout, place, dispatch)
-        seen = [(dp, cp, row) for dp, cp in unit_places(unit, place, rows) for row in range(rows.rows[dp][cp])]
+        seen = [(dp, cp, row) for dp, cp, piece in unit_pieces(unit, place, rows) for row in piece]
         taken = {seen[index] for index in unit.rows(len(seen))}
         assert units.setdefault(rank // unit.ranks, taken) == taken, "ranks of a unit see different rows"
     together = [token for taken in units.values() for token in taken]

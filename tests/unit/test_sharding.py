@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cpbench import feed_forward, formulas, sharding
 from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.communicator import Communicator
+from cpbench.communicator import Communicator, Partial
 from cpbench.distributed.collectives import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
@@ -67,22 +67,22 @@ def test_the_parts_of_the_weights_are_a_partition_over_every_group_that_shares_t
         assert parts == [Shard(index, len(ranks)) for index in range(len(ranks))]
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp3cp2", "dp2cp2tp2", "cp2tp2", "pp2dp2tp2"])
+@pytest.mark.parametrize("name", ["dp2", "dp3cp2", "dp2cp2tp2", "cp2tp2", "pp2dp2tp2", "tp4sp", "dp2cp2tp3sp", "pp2cp2tp2sp"])
 @pytest.mark.parametrize("weights", [ATTENTION, DENSE_MLP, EXPERTS])
 def test_a_rank_sees_its_tokens_summed_once_over_every_part(name, weights):
     """Rows that name their token go through a block whose part p adds p + 1; each rank gets back its own tokens with the sum of all parts."""
     layout = Layout.parse(name)
     counts = tuple(tuple(2 + 3 * dp + cp for cp in range(layout.cp)) for dp in range(layout.dp))
-    rows, world = TokenRows(counts, (False,) * layout.dp), LocalWorld(layout.world_size, 20)
+    rows, world = TokenRows(counts, (False,) * layout.dp, layout.tp if layout.sp else 1), LocalWorld(layout.world_size, 20)
 
     def program(rank):
         place = layout.coordinates(rank)
-        first = 100 * place.dp + 10 * place.cp
-        mine = torch.arange(first, first + counts[place.dp][place.cp], dtype=torch.float64)[:, None]
+        first, held = 100 * place.dp + 10 * place.cp, rows.held(place)
+        mine = torch.arange(first + held.start, first + held.stop, dtype=torch.float64)[:, None]
         communicator = Communicator(local_groups(layout, world, rank), rows)
         part = shard_of(layout, place, weights)
         seen = communicator.gather(mine.clone(), weights)
-        return mine, communicator.complete(seen * (part.rank + 1), weights), part.size, seen
+        return mine, communicator.complete(Partial(seen * (part.rank + 1), weights)), part.size, seen
 
     for mine, out, size, seen in world.run(program):
         assert torch.equal(out, mine * sum(range(1, size + 1)))
