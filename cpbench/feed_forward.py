@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 
 from cpbench.cell import Cell
-from cpbench.distributed.traffic import Traffic
+from cpbench.distributed.traffic import Traffic, summing_bytes
 from cpbench.layout import Coordinates
 from cpbench.models.config import Experts
 from cpbench.quantisation import dense_matrices, expert_matrices, workspace
@@ -167,7 +167,7 @@ def _around(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> li
     moments = [before * row]
     for gather in exchange_over(place, step, spans).gathers:
         moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
-        moments.append((sum(gather.rows) + before * (1 + len(gather.rows))) * row)  # partial sums, what is received, its sum
+        moments.append((sum(gather.rows) + before) * row + summing_bytes(gather.rows, row, before))  # partial sums, their sum, what is received
         before = sum(gather.rows)
     return moments
 

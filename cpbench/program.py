@@ -19,7 +19,7 @@ from cpbench.cache import KVCache, StepCache
 from cpbench.cell import Cell
 from cpbench.choices import ChoiceLog
 from cpbench.communicator import Communicator
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import Groups, local_groups
 from cpbench.experts import RouterRule
 from cpbench.formulas import cached_tokens

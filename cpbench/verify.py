@@ -20,7 +20,7 @@ import torch
 from cpbench.answer import Answer, solve
 from cpbench.axes import BASELINE, GROUPED, cells_of
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError, unknown

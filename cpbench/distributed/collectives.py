@@ -1,14 +1,11 @@
 """Collectives over one axis of a layout, behind one interface with two backends; the only module that calls torch.distributed.
 
-`Group` checks, records and shortcuts; a backend moves the bytes. The *process group* backend is gloo or NCCL. The *local* backend runs
-every rank of a layout as a thread of one process, in lockstep, so that thousands of plans can be verified without starting processes.
-Every call is recorded (axis, operation, wire bytes received). What is sent, and when, is decided by strategies and the communicator.
+`Group` checks, records and shortcuts; a backend moves the bytes. The *process group* backend, gloo or NCCL, is here, the *local* one in
+local.py. Every call is recorded (axis, operation, wire bytes received). What is sent, and when, is decided by strategies and the communicator.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,10 +18,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from cpbench.distributed.observe import Observation, Observer
-from cpbench.distributed.traffic import Traffic
+from cpbench.distributed.traffic import Traffic, summed_parts
+from cpbench.partition import cut
 
-# torch 2.13 renamed this call and warns on the old name; 2.11 has only the old name
+# torch 2.13 renamed these calls and warns on the old names; 2.11 has only the old names
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 @dataclass
@@ -95,17 +94,31 @@ class Group(ABC):
     def reduce_scatter_rows(self, output: Tensor, partial: Tensor, rows: Sequence[int]) -> None:
         """Sum `partial` [sum(rows), ...] over the ranks and keep one's own rows: `output` [rows[rank], ...]; both contiguous.
 
-        An all-to-all and a local sum in rank order: it takes blocks of different lengths, rounds alike on every backend, and receives
-        size - 1 times the output, as a ring does.
+        NCCL does it where lengths are equal. Else rows travel straight to whom they belong, a piece at a time while the one before is summed,
+        in rank order: that takes blocks of different lengths, receives size - 1 times the output as a ring does (gloo's own receives as much as
+        an all-reduce), and needs space for two pieces.
         """
         if self.size == 1:
             output.copy_(partial)
             return
         self._record("reduce_scatter", _bytes(output) * (self.size - 1))
-        mine = rows[self.rank]
-        received = partial.new_empty(self.size * mine, *partial.shape[1:])
-        self._all_to_all(received, partial, [mine] * self.size, list(rows)).wait()
-        torch.sum(received.unflatten(0, (self.size, mine)), 0, out=output)
+        if len(set(rows)) == 1 and self._reduce_scatter(output, partial):
+            return
+        parts = summed_parts(max(rows) * _bytes(partial) // max(1, len(partial)))
+        cuts = [cut(count, parts) for count in rows]
+        blocks, arriving = torch.split(partial, list(rows)), None
+        for index in range(parts):
+            first, last = cuts[self.rank][index]
+            received = partial.new_empty(self.size, last - first, *partial.shape[1:])
+            pieces = {peer: blocks[peer][slice(*cuts[peer][index])] for peer in range(self.size)}
+            received[self.rank].copy_(pieces.pop(self.rank))
+            receive = {peer: received[peer] for peer in pieces} if last > first else {}
+            handle = self._transfer({peer: piece for peer, piece in pieces.items() if len(piece)}, receive)
+            if arriving is not None:
+                _sum_arrived(output, *arriving)
+            arriving = handle, received, first
+        if arriving is not None:
+            _sum_arrived(output, *arriving)
 
     def all_to_all(self, output: Tensor, block: Tensor, output_rows: Sequence[int], block_rows: Sequence[int]) -> Handle:
         """Send `block_rows[r]` leading rows to each rank r in turn; receive `output_rows[r]` from it. Both tensors contiguous."""
@@ -168,6 +181,10 @@ class Group(ABC):
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> None: ...
 
+    def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
+        """Do it for equal blocks, if the backend does it well."""
+        return False
+
     @abstractmethod
     def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
         """One tensor to each of some ranks of the group, and one from each of some, at the same time."""
@@ -188,6 +205,7 @@ class ProcessGroup(Group):
     def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, group: dist.ProcessGroup | None) -> None:
         super().__init__(axis, ranks, rank, recorder)
         self._group = group
+        self._is_nccl = self.size > 1 and dist.get_backend(group) == "nccl"
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -200,7 +218,7 @@ class ProcessGroup(Group):
             dist.barrier(self._group)
 
     def share(self, values: Sequence[float]) -> list[list[float]]:
-        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        device = "cuda" if self._is_nccl else "cpu"
         mine = torch.tensor(list(values), dtype=torch.float64, device=device)
         everyone = mine.repeat(self.size)
         if self.size > 1:
@@ -209,7 +227,17 @@ class ProcessGroup(Group):
         return shared
 
     def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
-        return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
+        if self._is_nccl:
+            return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
+        blocks = output.view(self.size, *block.shape)  # straight from rank to rank: gloo's own takes up to three times as long for large blocks
+        blocks[self.rank].copy_(block)
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        return self._transfer(dict.fromkeys(peers, block), {peer: blocks[peer] for peer in peers})
+
+    def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
+        if self._is_nccl:
+            _reduce_scatter_single(output, partial, group=self._group)
+        return self._is_nccl
 
     def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
         return Handle(dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True).wait)
@@ -228,137 +256,6 @@ class ProcessGroup(Group):
 
     def _receive(self, tensor: Tensor, source: int) -> Handle:
         return _work(dist.irecv(tensor, self.ranks[source], self._group))
-
-
-class LocalWorld:
-    """The ranks of a layout as threads of this process. `run(program)` calls program(rank) on each and returns the results.
-
-    `timeout`: seconds after which a rank gives up on others that do not come to a collective; None: it waits for ever.
-    """
-
-    def __init__(self, size: int, timeout: float | None = None) -> None:
-        self.size = size
-        self._timeout = timeout
-        self._meetings: dict[tuple[str, tuple[int, ...]], _Meeting] = {}
-        self._lock = threading.Lock()
-
-    def group(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder) -> LocalGroup:
-        """This rank's view of a group; ranks of equal (axis, ranks) meet each other."""
-        with self._lock:
-            meeting = self._meetings.setdefault((axis, tuple(ranks)), _Meeting(len(ranks), self._timeout))
-        return LocalGroup(axis, ranks, rank, recorder, meeting)
-
-    def run(self, program: Callable[[int], Any]) -> list[Any]:
-        """Run to the end on every rank. An exception on one rank releases the others and is raised here.
-
-        Raises RuntimeError where ranks gave up on others.
-        """
-        results: list[Any] = [None] * self.size
-        failures: list[BaseException] = []
-        waiting: dict[int, str] = {}
-
-        def thread(rank: int) -> None:
-            try:
-                with torch.inference_mode():
-                    results[rank] = program(rank)
-            except BaseException as error:
-                if isinstance(error, threading.BrokenBarrierError):
-                    waiting[rank] = str(error)
-                else:
-                    failures.append(error)
-                for meeting in list(self._meetings.values()):
-                    meeting.abort()
-
-        threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(self.size)]
-        for started in threads:
-            started.start()
-        for started in threads:
-            started.join()
-        if failures:
-            raise failures[0]
-        if waiting:
-            places = ", ".join(f"rank {rank} over {waiting[rank]}" for rank in sorted(waiting))
-            raise RuntimeError(f"the ranks do not call the same collectives: in vain waited {places}")
-        return results
-
-
-class _Meeting:
-    """Where the threads of one group exchange tensors: a board with one place per rank and a barrier, and a letter box for each pair."""
-
-    def __init__(self, size: int, timeout: float | None) -> None:
-        self.board: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=timeout)
-        self.timeout = timeout
-        self.letters: dict[tuple[int, int], queue.SimpleQueue[Tensor | None]] = {
-            (source, to): queue.SimpleQueue() for source in range(size) for to in range(size) if source != to
-        }
-
-    def abort(self) -> None:
-        """Let everybody go who waits."""
-        self.barrier.abort()
-        for box in self.letters.values():
-            box.put(None)
-
-
-class LocalGroup(Group):
-    """The local backend: every rank sees the others' tensors, and copies what it would have received."""
-
-    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, meeting: _Meeting) -> None:
-        super().__init__(axis, ranks, rank, recorder)
-        self._meeting = meeting
-
-    def _meet(self, mine: Any, read: Callable[[list[Any]], Any]) -> Any:
-        """Show `mine`, read everybody's, and leave together, so that nobody's tensors change while they are read."""
-        self._meeting.board[self.rank] = mine
-        self.barrier()
-        result = read(self._meeting.board)
-        self.barrier()
-        self._meeting.board[self.rank] = None  # a reference left here would keep the tensor alive
-        return result
-
-    def barrier(self) -> None:
-        try:
-            self._meeting.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise threading.BrokenBarrierError(self.axis) from None
-
-    def share(self, values: Sequence[float]) -> list[list[float]]:
-        shared: list[list[float]] = self._meet([float(value) for value in values], list)
-        return shared
-
-    def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
-        return Handle(lambda: self._meet(block, lambda blocks: torch.cat(blocks, out=output)))
-
-    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
-        pieces = torch.split(block, block_rows)
-        return Handle(lambda: self._meet(pieces, lambda board: torch.cat([theirs[self.rank] for theirs in board], out=output)))
-
-    def _all_reduce(self, tensor: Tensor) -> None:
-        total = self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0, dtype=tensor.dtype))
-        tensor.copy_(total)
-
-    def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
-        def read(board: list[Any]) -> None:
-            for peer, tensor in receive.items():
-                tensor.copy_(board[peer][self.rank])
-
-        return Handle(lambda: self._meet(send, read))
-
-    def _send(self, tensor: Tensor, to: int) -> Handle:
-        self._meeting.letters[self.rank, to].put(tensor.clone())
-        return Handle()
-
-    def _receive(self, tensor: Tensor, source: int) -> Handle:
-        return Handle(lambda: tensor.copy_(self._letter(source)))
-
-    def _letter(self, source: int) -> Tensor:
-        try:
-            letter = self._meeting.letters[source, self.rank].get(timeout=self._meeting.timeout)
-        except queue.Empty:
-            letter = None
-        if letter is None:
-            raise threading.BrokenBarrierError(self.axis)
-        return letter
 
 
 def backend_available(kind: str) -> bool:
@@ -394,6 +291,12 @@ def stop_process_groups() -> None:
     """Leave the process group; after a failure this is not called, because peers may never answer."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _sum_arrived(output: Tensor, handle: Handle, received: Tensor, first: int) -> None:
+    """Put the sum of a piece that every rank has sent [ranks, rows, ...] where it belongs."""
+    handle.wait()
+    torch.sum(received, 0, out=output[first : first + received.shape[1]])
 
 
 def _bytes(tensor: Tensor) -> int:

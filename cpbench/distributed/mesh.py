@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cpbench.distributed.collectives import Group, LocalWorld, ProcessGroup, Recorder, device_mesh, new_process_group
+from cpbench.distributed.collectives import Group, ProcessGroup, Recorder, device_mesh, new_process_group
+from cpbench.distributed.local import LocalWorld
 from cpbench.layout import AXES, INNER_AXES, Coordinates, Layout
 from cpbench.sharding import partial_groups
 

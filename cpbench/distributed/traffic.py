@@ -9,6 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+SUMMED_BYTES = 1 << 20  # of a rank's rows that are summed at a time: smaller pieces cost gloo more calls than they save
+
+
+def summed_parts(received: int) -> int:
+    """In how many pieces so many bytes from each rank are summed by a reduce-scatter."""
+    return max(1, -(-received // SUMMED_BYTES))
+
+
+def summing_bytes(rows: tuple[int, ...], row_bytes: int, mine: int) -> int:
+    """Space for what arrives in a reduce-scatter over ranks that keep so many rows, on one that keeps `mine`: two pieces, or the only one."""
+    parts = summed_parts(max(rows) * row_bytes)
+    return min(parts, 2) * len(rows) * -(-mine // parts) * row_bytes
+
 
 @dataclass
 class Traffic:

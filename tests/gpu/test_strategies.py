@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import pick_kernel
 from cpbench.layout import Layout

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cpbench.distributed.collectives import LocalWorld, Recorder
+from cpbench.distributed.collectives import Recorder
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.traffic import Traffic
 
 

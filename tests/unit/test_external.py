@@ -11,7 +11,7 @@ import torch
 
 from cpbench.buffers import Buffers
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalGroup, LocalWorld
+from cpbench.distributed.local import LocalGroup, LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.formulas import score_pairs
 from cpbench.kernels import load_kernel

@@ -7,7 +7,7 @@ import torch
 
 from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.formulas import live_bytes, traffic
 from cpbench.kernels import load_kernel

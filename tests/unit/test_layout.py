@@ -232,7 +232,7 @@ def test_all_layouts_are_every_product_once(ranks, experts):
     assert {(x.pp, x.dp, x.cp, x.tp, x.ulysses, x.moe_dp, x.ep, x.moe_tp) for x in found} == expected
 
 
-AXIS_HINT = "Join axis names (pp, dp, cp, u, tp) and sizes, for example cp4tp2, cp8u4 or cp2tp4/ep4tp2."
+AXIS_HINT = "Join axis names (pp, dp, cp, u, tp) and sizes, for example cp4tp2, cp8u4, tp4sp or cp2tp4/ep4tp2."
 BEHIND_HINT = "The axes behind the slash are dp, ep, tp; for example cp2tp4/ep4tp2."
 BAD = {
     **{name: (f"{name!r} is not a layout.", AXIS_HINT) for name in ["", "cp", "4", "cp4tp2 ", "cp-1", "CP4", "cp4,tp2", "cp1000000", "cp٤"]},

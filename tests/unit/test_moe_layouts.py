@@ -10,7 +10,7 @@ import torch
 from cpbench import formulas
 from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.fitting import layout_reason
 from cpbench.kernels import load_kernel

@@ -10,7 +10,7 @@ import torch
 from cpbench import numerics
 from cpbench.answer import Answer, solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.distributed.traffic import Traffic
 from cpbench.kernels import load_kernel

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.formulas import live_bytes, weights_bytes
 from cpbench.kernels import load_kernel

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import rivals
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalGroup, LocalWorld
+from cpbench.distributed.local import LocalGroup, LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout

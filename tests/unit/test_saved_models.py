@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.errors import CpbenchError
 from cpbench.kernels import load_kernel

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cpbench import selective_attention
 from cpbench.answer import solve
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.formulas import flops, flops_of_rank, live_bytes, score_pairs, traffic
 from cpbench.kernels import dispatched, load_kernel

@@ -8,7 +8,7 @@ import torch
 from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.communicator import Communicator, Partial
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.errors import CpbenchError
 from cpbench.formulas import held_rows, new_rows, traffic

@@ -11,7 +11,7 @@ from cpbench import feed_forward, formulas, sharding
 from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.communicator import Communicator, Partial
-from cpbench.distributed.collectives import LocalWorld
+from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import AXES, Layout
