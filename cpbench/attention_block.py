@@ -5,6 +5,8 @@ Pure numbers, without torch. What a strategy computes, moves and holds stands in
 
 from __future__ import annotations
 
+from math import ceil
+
 from cpbench.cell import Cell
 from cpbench.quantisation import attention_matrices, workspace
 from cpbench.segments import Span, place
@@ -119,16 +121,20 @@ def moments(step: Cell, n: int, attend: int) -> int:
     if step.target == "attention":
         return max(attend, n * step.shape.heads * _released(step) * step.element_bytes)
     config, latent, size, shape = step.config, step.config.latent, step.element_bytes, step.shape
-    residual, q, row = n * config.hidden * size, n * shape.heads * shape.qk_dim * size, n * shape.row_values * size
+    q, row = n * shape.heads * shape.qk_dim * size, n * shape.row_values * size
+    entering, leaving = _entering(step, n) * config.hidden * size, _leaving(step, n) * config.hidden * size
     out = n * shape.heads * (_released(step) or shape.v_dim) * size
     if latent is None:  # normed rows and packed q, k, v; rotated copies; attention; o
-        return max(residual + q + row + work["qkv"], q + row + q, q + attend, out + residual + work["o"])
+        return max(entering + q + row + work["qkv"], q + row + q, q + attend, out + leaving + work["o"])
     plain = n * shape.heads * config.head_dim * size
     queries = n * (latent.q_rank or 0) * size
-    lower = max(row + work["kv_a"], queries + work.get("q_a", 0), queries + plain + work["q"])
-    project = residual + max(2 * row, 2 * queries, lower, plain + n * shape.heads * latent.rope_dim * size)
+    turned = plain + n * shape.heads * latent.rope_dim * size
+    if latent.q_rank is None:  # queries of all heads and latents are made from the input
+        project = max(entering + plain + max(2 * row, row + work["kv_a"], work["q"]), turned)
+    else:
+        project = max(entering + queries + max(queries, 2 * row, row + work["kv_a"], work["q_a"]), queries + plain + work["q"], turned)
     absorb = plain + (n * shape.heads * latent.kv_rank * size + q if step.absorbed else 0)
-    return max(project, absorb, q + attend, out + residual + work["o"])
+    return max(project, absorb, q + attend, out + leaving + work["o"])
 
 
 def _selective_moments(step: Cell, n: int, work: dict[str, int]) -> int:
@@ -141,14 +147,27 @@ def _selective_moments(step: Cell, n: int, work: dict[str, int]) -> int:
     release = n * heads * (shape.v_dim + 2 * latent.v_dim) * size
     if step.target == "attention":
         return max(attend, n * heads * (shape.v_dim + latent.v_dim) * size)
-    residual, low_rank, q = n * config.hidden * size, n * (latent.q_rank or 0) * size, n * heads * shape.qk_dim * size
+    entering, leaving = _entering(step, n) * config.hidden * size, _leaving(step, n) * config.hidden * size
+    low_rank, q = n * (latent.q_rank or 0) * size, n * heads * shape.qk_dim * size
     index = n * indexer.heads * (indexer.dim * size + wide)
     plain = n * heads * config.head_dim * size
     rows = n * shape.row_values * size
     indexed = low_rank + index + n * indexer.heads * latent.rope_dim * size
-    project = residual + max(2 * rows, rows + work["kv_a"], 2 * low_rank, low_rank + work.get("q_a", 0), indexed)
+    project = max(entering + low_rank + max(low_rank, 2 * rows, rows + work["kv_a"], work["q_a"]), indexed)
     absorb = low_rank + ids + plain + max(n * heads * latent.rope_dim * size, n * heads * latent.kv_rank * size + q, work["q"])
-    return max(project, low_rank + index + ids, absorb, q + attend, release, n * heads * latent.v_dim * size + residual + work["o"])
+    return max(project, low_rank + index + ids, absorb, q + attend, release, n * heads * latent.v_dim * size + leaving + work["o"])
+
+
+def _entering(step: Cell, n: int) -> int:
+    """Hidden states that are alive while the first product of the block is computed: of all its rows, or of a part and some pieces of them."""
+    if step.low_values:
+        return 0
+    return n if step.chunks_of_rows == 1 else ceil(n / step.layout.tp) + 2 * ceil(n / step.chunks_of_rows)
+
+
+def _leaving(step: Cell, n: int) -> int:
+    """The same for its last product, and for what is summed while others are on their way."""
+    return n if step.chunks_of_rows == 1 else ceil(n / step.layout.tp) + 4 * ceil(n / step.chunks_of_rows)
 
 
 def _released(step: Cell) -> int:

@@ -36,7 +36,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "weights": None,
     "prompt": None,
 }
-DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None, "quant": "none"}
+DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None, "quant": "none", "sp_chunks": 1, "sp_gather": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class Cell:
     router: str = TRAINED  # experts.py: which experts tokens get
     dispatch: str | None = None  # how tokens reach them: alltoall or gather; None: what the layout allows (sharding.py)
     quant: str = "none"  # quantisation.py: how projections are held and computed
+    sp_chunks: int = 1  # with sp in the layout: pieces in which rows are gathered and scattered
+    sp_gather: str = "hidden"  # where rows come together: in front of a block, or behind its low-rank projections (`latent`)
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
 
     def __post_init__(self) -> None:
@@ -212,6 +214,19 @@ class Cell:
     def has_experts(self) -> bool:
         """Whether a layer that runs is a mixture of experts."""
         return self.target != "attention" and self.config.is_sparse(self.layer_range[-1])
+
+    @property
+    def low_values(self) -> int:
+        """Values of a token where rows come together behind low-rank projections: queries, the latent, and what the indexer has; 0: elsewhere."""
+        latent, indexer = self.config.latent, self.config.indexer
+        if not self.layout.sp or self.sp_gather != "latent" or latent is None:
+            return 0
+        return (latent.q_rank or 0) + latent.row_values + (indexer.dim + indexer.heads if indexer else 0)
+
+    @property
+    def chunks_of_rows(self) -> int:
+        """In how many pieces rows are gathered before a block and scattered after it."""
+        return self.sp_chunks if self.layout.sp else 1
 
     @property
     def paged(self) -> bool:

@@ -1,18 +1,18 @@
 """What must be gathered, scattered or reduced between the blocks of a decoder layer. Models call this and hold no collective.
 
-A block says over which axes its weights are cut. `gather` brings the tokens that such a block must see, `complete` sums its partial
-results and returns each rank its own rows; which collectives these are is decided in sharding.py. What a block returns is a `Partial`,
-which can be completed and nothing else, so that no sum is left out or done twice. Experts have `enter_experts`, `gather_unit` and
-`combine_unit` for the same, and `dispatch` for tokens that travel to them. Vocabulary shards, the last token of a
-sequence and the first generated one are here too. Attention across ranks is not here: that is the strategies' part, and hidden states go
-from stage to stage in pipeline.py.
+A block says over which axes its weights are cut. `incoming` brings the tokens that such a block must see, `complete` sums its partial
+results and returns each rank its own rows; which collectives these are is decided in sharding.py. A block gets an `Incoming`, which can be
+used once, and returns a `Partial`, which can be completed once and nothing else, so that no sum is left out or done twice. Experts have
+`enter_experts`, `gather_unit` and `combine_unit` for the same, and `dispatch` for tokens that travel to them. Vocabulary shards, the last
+token of a sequence and the first generated one are here too. Attention across ranks is not here: that is the strategies' part, and hidden
+states go from stage to stage in pipeline.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,15 +21,63 @@ from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
 from cpbench.models.router import Routing
 from cpbench.partition import cut
-from cpbench.sharding import Axes, Exchange, Spans, TokenRows, Unit, exchange_over, spans_of
+from cpbench.sharding import Axes, Exchange, Gather, Spans, TokenRows, Unit, exchange_over, spans_of
+
+Rows = Callable[[Tensor], tuple[Tensor, ...]]  # a function of rows, each by itself: tensors with as many rows
 
 
-@dataclass(frozen=True)
+class Incoming:
+    """The normed input of a block on the rows that this rank holds. It is used once, so that nothing keeps it alive.
+
+    A block says what it does to each row first, and by what kind of weights; how the rows that it must see get together is decided here.
+    """
+
+    def __init__(self, x_nM: Tensor, gather: Callable[[Tensor], Tensor], gathers_low: bool = False, pieces: Pieces | None = None) -> None:
+        self._x_nM: Tensor | None = x_nM
+        self._gather, self._gathers_low, self._pieces = gather, gathers_low, pieces
+
+    def cut(self, apply: Rows) -> tuple[Tensor, ...]:
+        """`apply`, by weights that are cut over ranks, on all rows that the block must see."""
+        return self._pieces(self._take(), apply) if self._pieces else apply(self._gather(self._take()))
+
+    def whole(self, apply: Rows) -> tuple[Tensor, ...]:
+        """The same by weights that every rank has whole: rows may as well be gathered behind it, where they are narrower."""
+        if not self._gathers_low:
+            return self.cut(apply)
+        low = apply(self._take())
+        widths = [part.shape[1] for part in low]
+        return tuple(self._gather(torch.cat(low, 1)).split_with_sizes(widths, 1))
+
+    def _take(self) -> Tensor:
+        x_nM, self._x_nM = self._x_nM, None
+        if x_nM is None:
+            raise TypeError("the input of a block is used once")
+        return x_nM
+
+
+Pieces = Callable[[Tensor, Rows], tuple[Tensor, ...]]
+
+
 class Partial:
-    """What a block computed with its part of the weights, which are cut over the axes `weights`: to be summed over them, here and once."""
+    """What a block computed with its part of the weights, which are cut over the axes `weights`: to be summed over them, here and once.
 
-    values_nM: Tensor
-    weights: Axes
+    `last` is the last product of the block, which is still to do on the rows.
+    """
+
+    def __init__(self, rows_nX: Tensor, weights: Axes, last: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._rows_nX: Tensor | None = rows_nX
+        self.weights, self.last = weights, last
+
+    def take(self) -> Tensor:
+        """The rows that `last` is to be applied to. Raises TypeError the second time."""
+        rows_nX, self._rows_nX = self._rows_nX, None
+        if rows_nX is None:
+            raise TypeError("these partial sums are complete already")
+        return rows_nX
+
+    def values(self) -> Tensor:
+        """The partial sums [n, M]."""
+        return self.take() if self.last is None else self.last(self.take())
 
 
 @dataclass(frozen=True)
@@ -61,25 +109,55 @@ class Dispatch:
 class Communicator:
     """The exchanges of one rank in one step of a pass, of whose tokens every rank has `rows`.
 
-    `unit` and `routing` are for models with experts: the ranks that see the same tokens there, and what their routers need.
+    `unit` and `routing` are for models with experts: the ranks that see the same tokens there, and what their routers need. With `chunks`, rows
+    that are cut over tensor-parallel ranks come together, and are summed, in so many pieces, each while another is computed; with `gathers_low`
+    they come together behind projections that every rank has whole.
     """
 
-    def __init__(self, groups: Groups, rows: TokenRows, unit: Unit | None = None, routing: Routing | None = None) -> None:
-        self._groups, self._rows = groups, rows
+    def __init__(
+        self, groups: Groups, rows: TokenRows, unit: Unit | None = None, routing: Routing | None = None, chunks: int = 1, gathers_low: bool = False
+    ) -> None:
+        self._groups, self._rows, self._chunks, self._gathers_low = groups, rows, chunks, gathers_low
         self._tp, self._cp = groups.tp, groups.cp
         self._unit, self.routing = unit, routing
         self._plans: dict[Spans, Exchange] = {}
 
-    def gather(self, x_nM: Tensor, weights: Axes) -> Tensor:
-        """The rows that a block must see whose weights are cut over the axes `weights`: those of other ranks too where an axis cuts both."""
-        return self._gathered(x_nM, spans_of(self._groups.layout, weights))
+    def incoming(self, x_nM: Tensor, weights: Axes) -> Incoming:
+        """The input of a block whose weights are cut over the axes `weights`: its rows, and those of other ranks where an axis cuts both."""
+        spans = spans_of(self._groups.layout, weights)
+        sequence_parallel, gather = self._rows.tp > 1, self._in_pieces(spans)
+        pieces = partial(self._piecewise, gather) if gather else None
+        return Incoming(x_nM, partial(self._gathered, spans=spans), self._gathers_low and sequence_parallel, pieces)
 
     def complete(self, partial: Partial) -> Tensor:
         """Sum the partial results of a block over the axes that cut its weights. Returns this rank's rows; in place where nothing was gathered."""
         if not isinstance(partial, Partial):
             raise TypeError(f"a {type(partial).__name__} is complete already: only partial sums are summed")
         spans = spans_of(self._groups.layout, partial.weights)
-        return self._sum(self._scattered(partial.values_nM, spans), self._exchange(spans).sums)
+        gather = self._in_pieces(spans)
+        if gather and partial.last is not None:
+            return self._scattered_in_pieces(partial.take(), partial.last, gather)
+        return self._sum(self._scattered(partial.values(), spans), self._exchange(spans).sums)
+
+    def _in_pieces(self, spans: Spans) -> Gather | None:
+        """The only gather before a block, where it is one over tp and goes in pieces."""
+        gathers = self._exchange(spans).gathers
+        return gathers[0] if self._chunks > 1 and [gather.axis for gather in gathers] == ["tp"] else None
+
+    def _piecewise(self, gather: Gather, x_nM: Tensor, apply: Rows) -> tuple[Tensor, ...]:
+        """`apply` to the rows of all ranks, a piece at a time while the next one is on its way."""
+        results: tuple[Tensor, ...] = ()
+        for rows_pM, places in self._tp.all_gather_pieces(x_nM, gather.rows, self._chunks):
+            parts = apply(rows_pM)
+            results = results or tuple(part.new_empty(sum(gather.rows), part.shape[1]) for part in parts)
+            for whole, part in zip(results, parts, strict=True):
+                for here, there in places:
+                    whole[there] = part[here]
+        return results
+
+    def _scattered_in_pieces(self, rows_nX: Tensor, last: Callable[[Tensor], Tensor], gather: Gather) -> Tensor:
+        """The last product of a block and the scattered sum of its rows, a piece at a time while the one before is on its way."""
+        return self._tp.reduce_scatter_pieces(rows_nX, last, gather.rows, self._chunks)
 
     @property
     def unit(self) -> Unit:
@@ -96,14 +174,14 @@ class Communicator:
         """The rows that routed and shared experts both start from: those of the whole tensor-parallel group where both must see them."""
         return self._gathered(x_nM, tuple((axis, self._groups.layout.size(axis)) for axis in self._inside))
 
-    def gather_shared(self, x_nM: Tensor, weights: Axes) -> Tensor:
-        """As `gather`, of what `enter_experts` returned."""
-        return self._gathered(x_nM, self._outside(spans_of(self._groups.layout, weights)))
+    def incoming_shared(self, x_nM: Tensor, weights: Axes) -> Incoming:
+        """As `incoming`, of what `enter_experts` returned."""
+        return Incoming(x_nM, partial(self._gathered, spans=self._outside(spans_of(self._groups.layout, weights))))
 
     def scatter_shared(self, partial: Partial) -> Tensor:
         """As `complete` of what shared experts computed, without the last sum, over tp, which `combine_unit` does for all experts together."""
         spans = self._outside(spans_of(self._groups.layout, partial.weights))
-        return self._sum(self._scattered(partial.values_nM, spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
+        return self._sum(self._scattered(partial.values(), spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
 
     def gather_unit(self, x_nM: Tensor) -> Tensor:
         """The rows that the experts of this rank's unit are asked for: those that its ranks must see together, or a share of its own."""

@@ -8,14 +8,14 @@ unless it is told how many rows travelled.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import ceil, prod
 
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic, summing_bytes
 from cpbench.layout import Coordinates
 from cpbench.models.config import Experts
 from cpbench.quantisation import dense_matrices, expert_matrices, workspace
-from cpbench.sharding import DENSE_MLP, Spans, TokenRows, Unit, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
+from cpbench.sharding import ATTENTION, DENSE_MLP, Spans, TokenRows, Unit, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
 
 INDEX_BYTES = 8
 
@@ -88,12 +88,15 @@ def _outside(spans: Spans, inside: Spans) -> Spans:
     return tuple(span for span in spans if span not in inside)
 
 
-def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...], *, before: bool = True) -> Traffic:
-    """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, unless it needs none before, and sums."""
-    return _surroundings(cell, step, place, spans_of(cell.layout, weights), before=before)
+def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...], *, before: bool = True, low: int = 0) -> Traffic:
+    """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, unless it needs none before, and sums.
+
+    `low`: values of the rows that are gathered; 0: hidden states.
+    """
+    return _surroundings(cell, step, place, spans_of(cell.layout, weights), before=before, low=low)
 
 
-def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool = True, before: bool = True) -> Traffic:
+def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool = True, before: bool = True, low: int = 0) -> Traffic:
     """Gathers (`before` the block) and sums; `tp`: the last all-reduce, over tp, too."""
     mine, total = step.attended(place), Traffic()
     row = cell.config.hidden * cell.element_bytes
@@ -101,7 +104,7 @@ def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans,
     for gather in plan.gathers:
         own = gather.rows[getattr(place, gather.axis) % len(gather.rows)]
         if before:
-            total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * row)
+            total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * (low * cell.element_bytes or row))
         total.add(gather.axis, "reduce_scatter", own * (len(gather.rows) - 1) * row)
     for axis, size in plan.sums if mine else ():
         if tp or axis != "tp":
@@ -114,8 +117,8 @@ def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pair
     experts, size = cell.config.experts, cell.element_bytes
     if experts is None or not cell.config.is_sparse(layer):
         return _dense_bytes(cell, step, place, cell.config.intermediate)
-    unit = _unit(cell, place)
-    around = 0
+    cell = replace(cell, sp_chunks=1)  # experts take their rows together
+    unit, around = _unit(cell, place), 0
     if _inside(cell, step, unit):  # what follows begins with the rows of the tensor-parallel group
         around, step = surrounding_bytes(cell, step, place, ("tp",)), replace(step, tp=1)
     row, mine = cell.config.hidden * size, len(step.held(place))
@@ -129,6 +132,10 @@ def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pair
 def surrounding_bytes(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...]) -> int:
     """Alive at the largest moment around a block whose weights are cut over the axes `weights`, beside the residual: gathering rows before it,
     or scattering its sums."""
+    if weights == ATTENTION and cell.low_values:
+        held, low = len(step.held(place)), cell.low_values * cell.element_bytes
+        gather = 2 * held * low + max(held * cell.config.hidden * cell.element_bytes, step.attended(place) * low)
+        return max(gather, *_around(cell, replace(step, tp=1), place, ()), *_around(cell, step, place, spans_of(cell.layout, weights))[2:])
     return max(_around(cell, step, place, spans_of(cell.layout, weights)))
 
 
@@ -157,13 +164,31 @@ def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, p
 def _dense_bytes(cell: Cell, step: TokenRows, place: Coordinates, width: int) -> int:
     """The largest moment of a dense block of some width."""
     row, rows = cell.config.hidden * cell.element_bytes, _rows(cell, step, place)
-    compute = rows * row + 2 * rows * _columns(cell, width) * cell.element_bytes + workspace(cell, rows, *dense_matrices(cell, width))
+    columns = _columns(cell, width) * cell.element_bytes
+    if in_pieces(cell, step, place, spans_of(cell.layout, DENSE_MLP)):
+        piece, held = piece_rows(cell, rows), len(step.held(place)) * row
+        work = workspace(cell, piece, *dense_matrices(cell, width))
+        return held + rows * columns + max(2 * piece * (row + columns), piece * (columns + 4 * row)) + work
+    compute = rows * row + 2 * rows * columns + workspace(cell, rows, *dense_matrices(cell, width))
     return max(compute, *_around(cell, step, place, spans_of(cell.layout, DENSE_MLP)))
+
+
+def in_pieces(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> bool:
+    """Whether the rows before a block are gathered over tp alone, and in pieces."""
+    return cell.chunks_of_rows > 1 and [gather.axis for gather in exchange_over(place, step, spans).gathers] == ["tp"]
+
+
+def piece_rows(cell: Cell, rows: int) -> int:
+    """Rows of all ranks that come together at a time."""
+    tp = cell.layout.tp
+    return tp * ceil(ceil(rows / tp) / cell.chunks_of_rows)
 
 
 def _around(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> list[int]:
     """Moments of the gathers before a block and of the sums after it; of its own rows where there are none."""
     row, before = cell.config.hidden * cell.element_bytes, len(step.held(place))
+    if in_pieces(cell, step, place, spans):
+        return [before * row + 2 * piece_rows(cell, sum(exchange_over(place, step, spans).gathers[0].rows)) * row]
     moments = [before * row]
     for gather in exchange_over(place, step, spans).gathers:
         moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered

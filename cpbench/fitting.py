@@ -31,6 +31,8 @@ def layout_reason(cell: Cell) -> str | None:
     layout, config = cell.layout, cell.config
     if layout.sp and cell.target == "attention":
         return f"sp cuts rows between blocks, and attention alone has none; the nearest valid layout is {replace(layout, sp=False)}"
+    if cell.sp_gather == "latent" and (config.latent is None or config.latent.q_rank is None):
+        return f"{config.name} has no low-rank projections to gather rows behind; the nearest valid value is sp_gather=hidden"
     if cell.dispatch == ALLTOALL and cell.has_experts and layout.ep == 1:
         return "dispatch=alltoall sends rows to experts on other ranks, and ep=1 has none; the nearest valid value is dispatch=gather"
     what = undivided(config, cell.target, layout.dp, layout.tp) or (experts_undivided(config, layout, cell.dispatch) if cell.has_experts else None)

@@ -133,7 +133,7 @@ def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates, travelled:
     """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
     layers, mine, total = cell.stage_layers(place.pp), len(step.held(place)), Traffic()
     if step.attended(place):
-        total += feed_forward.block_traffic(cell, step, place, ATTENTION).times(len(layers))
+        total += feed_forward.block_traffic(cell, step, place, ATTENTION, low=cell.low_values).times(len(layers))
     for layer in layers:
         total += feed_forward.traffic(cell, step, place, layer, travelled.get(layer))
     if cell.target == "prefill" and place.pp == 0 and step.attended(place):

@@ -147,7 +147,8 @@ class Program:
         cp_rank, first, kept, steps = self.place.cp, 0, 0, []
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
-            communicator = Communicator(self.groups, rows, *self._to_experts(index))
+            chunks, gathers_low = self.cell.sp_chunks, self.cell.sp_gather == "latent"
+            communicator = Communicator(self.groups, rows, *self._to_experts(index), chunks=chunks, gathers_low=gathers_low)
             if index >= len(self.part.steps):  # other groups have tokens left
                 steps.append(Step(row_index([], self.device), slice(first, first), slice(kept, kept), {}, None, communicator))
                 continue
@@ -172,11 +173,11 @@ class Program:
         order = in_order(place(step.split.ranks[cp_rank]), strategy.collected(step, cp_rank))
         return SelectiveAttention(strategy, plan, context, order, tokens_n, self.selections)
 
-    def _to_experts(self, index: int) -> tuple[Unit, Routing] | tuple[()]:
+    def _to_experts(self, index: int) -> tuple[Unit | None, Routing | None]:
         """Which ranks see the same tokens at the experts in a step, and what the routers need there; nothing where there are no experts."""
         cell, steps = self.cell, self.cell.token_rows
         if not cell.has_experts:
-            return ()
+            return None, None
         unit, seen = unit_of(cell.layout, self.place, dispatch_of(cell.layout, cell.dispatch)), []
         for dp, cp, rows in unit_pieces(unit, self.place, steps[index]):
             first = sum(before.rows[dp][cp] for before in steps[:index])

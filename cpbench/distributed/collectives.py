@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,10 +87,7 @@ class Group(ABC):
         if len(set(rows)) == 1:
             return self.all_gather(output, block)
         self._record("all_gather", _bytes(output) - _bytes(block))
-        pieces = list(torch.split(output, list(rows)))
-        pieces[self.rank].copy_(block)
-        peers = [peer for peer in range(self.size) if peer != self.rank]
-        return self._transfer({peer: block for peer in peers if rows[self.rank]}, {peer: pieces[peer] for peer in peers if rows[peer]})
+        return self._gather_blocks(torch.split(output, list(rows)), block)
 
     def reduce_scatter_rows(self, output: Tensor, partial: Tensor, rows: Sequence[int]) -> None:
         """Sum `partial` [sum(rows), ...] over the ranks and keep one's own rows: `output` [rows[rank], ...]; both contiguous.
@@ -105,12 +103,36 @@ class Group(ABC):
         if len(set(rows)) == 1 and self._reduce_scatter(output, partial):
             return
         parts = summed_parts(max(rows) * _bytes(partial) // max(1, len(partial)))
-        cuts = [cut(count, parts) for count in rows]
-        blocks, arriving = torch.split(partial, list(rows)), None
+        blocks = torch.split(partial, list(rows))
+        self._sum_pieces(output, lambda pieces: [block[first:last] for block, (first, last) in zip(blocks, pieces, strict=True)], rows, parts)
+
+    def reduce_scatter_pieces(self, rows_nX: Tensor, last: Callable[[Tensor], Tensor], rows: Sequence[int], parts: int) -> Tensor:
+        """`reduce_scatter_rows` of last(rows_nX), a function of each row by itself that is computed a piece at a time: one's own rows.
+
+        While a piece is on its way, the next one is computed.
+        """
+        blocks, output = torch.split(rows_nX, list(rows)), None
+
+        def computed(pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
+            values = last(torch.cat([block[first:last_] for block, (first, last_) in zip(blocks, pieces, strict=True)]))
+            return list(torch.split(values, [last_ - first for first, last_ in pieces]))
+
+        first_pieces = [cut(count, parts)[0] for count in rows]
+        like = computed(first_pieces)
+        output = like[0].new_empty(rows[self.rank], like[0].shape[1])
+        self._record("reduce_scatter", _bytes(output) * (self.size - 1))
+        known = {tuple(first_pieces): like}
+        self._sum_pieces(output, lambda pieces: known.pop(tuple(pieces), None) or computed(pieces), rows, parts)
+        return output
+
+    def _sum_pieces(self, output: Tensor, pieces_of: Callable[[Sequence[tuple[int, int]]], list[Tensor]], rows: Sequence[int], parts: int) -> None:
+        """Sum what `pieces_of` gives of the rows of each rank, over the ranks: one's own into `output`."""
+        cuts, arriving = [cut(count, parts) for count in rows], None
         for index in range(parts):
-            first, last = cuts[self.rank][index]
-            received = partial.new_empty(self.size, last - first, *partial.shape[1:])
-            pieces = {peer: blocks[peer][slice(*cuts[peer][index])] for peer in range(self.size)}
+            spans = [one[index] for one in cuts]
+            first, last = spans[self.rank]
+            pieces = dict(enumerate(pieces_of(spans)))
+            received = output.new_empty(self.size, last - first, *output.shape[1:])
             received[self.rank].copy_(pieces.pop(self.rank))
             receive = {peer: received[peer] for peer in pieces} if last > first else {}
             handle = self._transfer({peer: piece for peer, piece in pieces.items() if len(piece)}, receive)
@@ -119,6 +141,34 @@ class Group(ABC):
             arriving = handle, received, first
         if arriving is not None:
             _sum_arrived(output, *arriving)
+
+    def all_gather_pieces(self, block: Tensor, rows: Sequence[int], parts: int) -> Iterator[tuple[Tensor, list[tuple[slice, slice]]]]:
+        """`all_gather_rows` a piece at a time, the next one under way: the piece of all ranks, and where the rows of each lie in it and in the whole."""
+        self._record("all_gather", (sum(rows) - rows[self.rank]) * _bytes(block) // max(1, len(block)))
+        cuts, starts = [cut(count, parts) for count in rows], [sum(rows[:rank]) for rank in range(self.size)]
+        coming: tuple[Handle, Tensor, list[tuple[slice, slice]]] | None = None
+        for index in range(parts):
+            spans = [one[index] for one in cuts]
+            sizes = [last - first for first, last in spans]
+            ends = list(accumulate(sizes))
+            piece = block.new_empty(ends[-1], *block.shape[1:])
+            handle = self._gather_blocks(list(torch.split(piece, sizes)), block[slice(*spans[self.rank])])
+            places = [
+                (slice(end - size, end), slice(start + first, start + last)) for (first, last), size, end, start in zip(spans, sizes, ends, starts, strict=True)
+            ]
+            if coming is not None:
+                coming[0].wait()
+                yield coming[1], coming[2]
+            coming = handle, piece, places
+        if coming is not None:
+            coming[0].wait()
+            yield coming[1], coming[2]
+
+    def _gather_blocks(self, pieces: Sequence[Tensor], block: Tensor) -> Handle:
+        """Every rank's block into its piece, straight from rank to rank."""
+        pieces[self.rank].copy_(block)
+        peers = [peer for peer in range(self.size) if peer != self.rank]
+        return self._transfer({peer: block for peer in peers if len(block)}, {peer: pieces[peer] for peer in peers if len(pieces[peer])})
 
     def all_to_all(self, output: Tensor, block: Tensor, output_rows: Sequence[int], block_rows: Sequence[int]) -> Handle:
         """Send `block_rows[r]` leading rows to each rank r in turn; receive `output_rows[r]` from it. Both tensors contiguous."""
@@ -229,10 +279,7 @@ class ProcessGroup(Group):
     def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
         if self._is_nccl:
             return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
-        blocks = output.view(self.size, *block.shape)  # straight from rank to rank: gloo's own takes up to three times as long for large blocks
-        blocks[self.rank].copy_(block)
-        peers = [peer for peer in range(self.size) if peer != self.rank]
-        return self._transfer(dict.fromkeys(peers, block), {peer: blocks[peer] for peer in peers})
+        return self._gather_blocks(output.view(self.size, *block.shape).unbind(), block)  # gloo's own takes up to three times as long for large blocks
 
     def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
         if self._is_nccl:

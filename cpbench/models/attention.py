@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpbench.communicator import Partial
+from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
@@ -60,18 +60,17 @@ class GroupedQueryAttention:
         self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
         self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
-        """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
-        q_nHD, rows_nW = self._project(x_nM, cos, sin, attention, layer)
-        del x_nM
+    def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
+        """Partial sums of the attention block's output for its normed input."""
+        q_nHD, rows_nW = self._project(x, cos, sin, attention, layer)
         out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
         del q_nHD
-        return Partial(linear(out_nHD.flatten(1), self.o_weight), self.axes)
+        return Partial(out_nHD.flatten(1), self.axes, lambda rows_nX: linear(rows_nX, self.o_weight))
 
-    def _project(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
+    def _project(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
         """Rotated queries [n, H, D], and rotated K next to V in the rows that travel [n, 2 * G * D]."""
-        dim, n = self.config.head_dim, x_nM.shape[0]
-        qkv = linear(x_nM, self.qkv_weight, self.qkv_bias)
+        (qkv,) = x.cut(lambda rows_nM: (linear(rows_nM, self.qkv_weight, self.qkv_bias),))
+        dim, n = self.config.head_dim, qkv.shape[0]
         q, k, v = qkv.unflatten(1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], 1)
         rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv)
         k_out, v_out = self.open_rows(rows_nW)

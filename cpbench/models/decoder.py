@@ -91,7 +91,7 @@ class DecoderLayer:
         """Adds this layer to `x_nM` in place. Without attention (and rows) the rank only helps with the tokens of others."""
         if attention is not None:
             block = self.attention
-            partial = block.forward(communicator.gather(rms_norm(x_nM, self.input_norm, self.eps), block.axes), cos, sin, attention, self.index)
+            partial = block.forward(communicator.incoming(rms_norm(x_nM, self.input_norm, self.eps), block.axes), cos, sin, attention, self.index)
             x_nM.add_(communicator.complete(partial))
             del partial
         return x_nM.add_(self.mlp.forward(lambda: rms_norm(x_nM, self.mlp_norm, self.eps), communicator))

@@ -32,18 +32,22 @@ class LightningIndexer:
         self.k_bias = weights.bias(f"{prefix}.k_norm.bias", self.dim)
         self.gate_weight = weights.linear(f"{prefix}.weights_proj.weight", (self.heads, config.hidden))
 
-    def queries(self, c_q_nR: Tensor, x_nM: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries [n, H, D], and gates [n, H] of the heads in fp32 (fp64 for fp64), of the normed low-rank queries and the input.
+    def project(self, x_nM: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the normed input: keys [n, D] that are not normed yet, and gates [n, H] that are not scaled."""
+        return F.linear(x_nM, self.k_weight), F.linear(x_nM, self.gate_weight)
+
+    def queries(self, c_q_nR: Tensor, gates_nH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries [n, H, D] of the normed low-rank queries, and gates [n, H] of the heads in fp32 (fp64 for fp64).
 
         cos and sin [n, 1, rope_dim / 2] are those of the queries' positions.
         """
         q_nHD = self._rotated(F.linear(c_q_nR, self.q_weight).unflatten(1, (self.heads, self.dim)), cos, sin)
-        return q_nHD, _wide(F.linear(x_nM, self.gate_weight)).mul(self.heads**-0.5)
+        return q_nHD, _wide(gates_nH).mul(self.heads**-0.5)
 
-    def keys(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated keys [n, D]: what is cached of each token, and what travels to other ranks."""
-        k_nD = _wide(F.linear(x_nM, self.k_weight))
-        k_nD = F.layer_norm(k_nD, (self.dim,), _wide(self.k_norm), _wide(self.k_bias), NORM_EPS).to(x_nM.dtype)
+    def keys(self, k_nD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed and rotated keys [n, D]: what is cached of each token, and what travels to other ranks."""
+        dtype, k_nD = k_nD.dtype, _wide(k_nD)
+        k_nD = F.layer_norm(k_nD, (self.dim,), _wide(self.k_norm), _wide(self.k_bias), NORM_EPS).to(dtype)
         return self._rotated(k_nD.unsqueeze(1), cos, sin).squeeze(1)
 
     def _rotated(self, x_nHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cpbench.communicator import Partial
+from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import LatentAttention, ModelConfig
 from cpbench.models.linear import linear
 from cpbench.models.norm import rms_norm
@@ -49,40 +49,52 @@ class MultiHeadLatentAttention:
         self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns))
         self.open_rows = latent_rows(self.kv_b_weight, sizes, absorbed)
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
-        """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
-        rows_nW = attention.rows(layer, (x_nM.shape[0], self.sizes.row_values), x_nM)
-        self._latent(x_nM, cos, sin, rows_nW)
-        q_nhD = self._queries(x_nM, cos, sin)
-        del x_nM
+    def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
+        """Partial sums of the attention block's output for its normed input."""
+        if self.sizes.q_rank is None:
+            q_nhD, latent_nW = x.cut(lambda rows_nM: (linear(rows_nM, self.q_weight), self._latent(rows_nM)))
+        else:
+            c_q_nR, latent_nW = x.whole(lambda rows_nM: (self._low_rank(rows_nM), self._latent(rows_nM)))
+        rows_nW = attention.rows(layer, (latent_nW.shape[0], latent_nW.shape[1]), latent_nW)
+        self._place(latent_nW, cos, sin, rows_nW)
+        del latent_nW
+        if self.sizes.q_rank is not None:
+            q_nhD = linear(c_q_nR, self.q_weight)
+            del c_q_nR
+        q_nhD = self._heads(q_nhD, cos, sin)
         if self.absorbed:
             q_nhD = absorb_queries(q_nhD, self.kv_b_weight, self.sizes)
         out_nhE = attention.attend(q_nhD, rows_nW, self.open_rows, layer)
         del q_nhD
         if self.absorbed:
             out_nhE = release_outputs(out_nhE, self.kv_b_weight, self.sizes)
-        return Partial(linear(out_nhE.flatten(1), self.o_weight), self.axes)
+        return self._partial(out_nhE)
 
-    def _queries(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[n, h, N + P], the last P values rotated."""
-        return self._heads(x_nM if self.sizes.q_rank is None else self._low_rank(x_nM), cos, sin)
+    def _partial(self, out_nhE: Tensor) -> Partial:
+        return Partial(out_nhE.flatten(1), self.axes, lambda rows_nX: linear(rows_nX, self.o_weight))
 
     def _low_rank(self, x_nM: Tensor) -> Tensor:
         """What queries of all heads are made from, normed: [n, q_rank]."""
         return rms_norm(linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
 
-    def _heads(self, x_nM: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[n, h, N + P], of the input or of what `_low_rank` made of it."""
-        q_nhD: Tensor = linear(x_nM, self.q_weight).unflatten(1, (len(self.heads), -1))
+    def _heads(self, q_nX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Projected queries as heads [n, h, N + P], the last P values rotated in place."""
+        q_nhD: Tensor = q_nX.unflatten(1, (len(self.heads), -1))
         part = q_nhD[..., self.sizes.nope_dim :]
         rotate_neighbours(part.clone(), cos, sin, part)
         return q_nhD
 
-    def _latent(self, x_nM: Tensor, cos: Tensor, sin: Tensor, rows_nW: Tensor) -> None:
-        """Write the rows [n, R + P]: the normed latent and the rotated key part."""
-        rank = self.sizes.kv_rank
+    def _latent(self, x_nM: Tensor) -> Tensor:
+        """The normed latent and the key part that is not rotated yet: [n, R + P]."""
         latent_nW = linear(x_nM, self.kv_a_weight)
-        rows_nW[:, :rank].copy_(rms_norm(latent_nW[:, :rank], self.kv_a_norm, self.eps))
+        normed = latent_nW[:, : self.sizes.kv_rank]
+        normed.copy_(rms_norm(normed, self.kv_a_norm, self.eps))
+        return latent_nW
+
+    def _place(self, latent_nW: Tensor, cos: Tensor, sin: Tensor, rows_nW: Tensor) -> None:
+        """Write the rows [n, R + P] that are cached and travel: with the key part rotated."""
+        rank = self.sizes.kv_rank
+        rows_nW[:, :rank].copy_(latent_nW[:, :rank])
         rotate_neighbours(latent_nW[:, None, rank:], cos, sin, rows_nW[:, None, rank:])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from cpbench.communicator import Communicator, Partial
+from cpbench.communicator import Communicator, Incoming, Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.linear import Weight, linear
 from cpbench.models.weights import Weights
@@ -29,18 +29,21 @@ class DenseMLP:
         self.down_weight = weights.hold(weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine))
 
     def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
-        """The block's output [n, M] for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
-        return communicator.complete(self.partial(communicator.gather(normed(), self.axes)))
+        """The block's output for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
+        return communicator.complete(self.partial(communicator.incoming(normed(), self.axes)))
 
-    def partial(self, x_nM: Tensor) -> Partial:
-        """Partial sums of the block's output [n, M]."""
-        gate_up_nI = linear(x_nM, self.gate_up_weight)
-        del x_nM
-        return Partial(activated(gate_up_nI, self.down_weight), self.axes)
+    def partial(self, x: Incoming) -> Partial:
+        """Partial sums of the block's output."""
+        (gated_nI,) = x.cut(lambda rows_nM: (gated(linear(rows_nM, self.gate_up_weight)),))
+        return Partial(gated_nI, self.axes, lambda rows_nI: linear(rows_nI, self.down_weight))
+
+
+def gated(gate_up_nI: Tensor) -> Tensor:
+    """silu(gate) * up [n, I] of gate and up side by side, in the place of gate."""
+    gate, up = gate_up_nI.chunk(2, 1)
+    return F.silu(gate, inplace=True).mul_(up)
 
 
 def activated(gate_up_nI: Tensor, down_weight: Weight) -> Tensor:
     """down(silu(gate) * up) [n, M] of gate and up side by side, which are overwritten."""
-    gate, up = gate_up_nI.chunk(2, 1)
-    F.silu(gate, inplace=True).mul_(up)
-    return linear(gate, down_weight)
+    return linear(gated(gate_up_nI), down_weight)

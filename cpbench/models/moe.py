@@ -54,7 +54,7 @@ class SparseMLP:
         x_nM = communicator.enter_experts(normed())
         rows, shared = len(x_nM), None
         if self.shared is not None:
-            shared = communicator.scatter_shared(self.shared.partial(communicator.gather_shared(x_nM, self.shared.axes)))
+            shared = communicator.scatter_shared(self.shared.partial(communicator.incoming_shared(x_nM, self.shared.axes)))
         x_uM = communicator.gather_unit(x_nM)
         del x_nM
         choice = self.router.forward(x_uM, communicator.routing)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cpbench.communicator import Partial
+from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
 from cpbench.models.latent import MultiHeadLatentAttention, absorb_queries, release_outputs
@@ -29,22 +29,23 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         super().__init__(config, weights, prefix, shard, absorbed=True)
         self.indexer = LightningIndexer(config, weights, f"{prefix}.indexer")
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
-        """Partial sums of the attention block's output [n, M] for the normed input [n, M]."""
+    def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
+        """Partial sums of the attention block's output for its normed input."""
         assert isinstance(attention, SelectiveAttention), "keys of a sparse model are selected"
+        c_q_nR, latent_nW, k_nD, gates_nH = x.whole(lambda rows_nM: (self._low_rank(rows_nM), self._latent(rows_nM), *self.indexer.project(rows_nM)))
         width = self.sizes.row_values
-        rows_nW = attention.rows(layer, (x_nM.shape[0], width + self.indexer.dim), x_nM)
-        self._latent(x_nM, cos, sin, rows_nW[:, :width])
-        rows_nW[:, width:] = self.indexer.keys(x_nM, cos, sin)
+        rows_nW = attention.rows(layer, (latent_nW.shape[0], width + self.indexer.dim), latent_nW)
+        self._place(latent_nW, cos, sin, rows_nW[:, :width])
+        rows_nW[:, width:] = self.indexer.keys(k_nD, cos, sin)
+        del latent_nW, k_nD
         collect = attention.collect(rows_nW, layer)
-        c_q_nR = self._low_rank(x_nM)
-        index = IndexQueries(*self.indexer.queries(c_q_nR, x_nM, cos, sin))
-        del x_nM
+        index = IndexQueries(*self.indexer.queries(c_q_nR, gates_nH, cos, sin))
+        del gates_nH
         collected = collect()
         ids_nK = collected.select(index)
         del index
-        q_nhW = absorb_queries(self._heads(c_q_nR, cos, sin), self.kv_b_weight, self.sizes)
+        q_nhW = absorb_queries(self._heads(linear(c_q_nR, self.q_weight), cos, sin), self.kv_b_weight, self.sizes)
         del c_q_nR
         out_nhR = collected.attend(q_nhW, ids_nK)
         del q_nhW, ids_nK
-        return Partial(linear(release_outputs(out_nhR, self.kv_b_weight, self.sizes).flatten(1), self.o_weight), self.axes)
+        return self._partial(release_outputs(out_nhR, self.kv_b_weight, self.sizes))

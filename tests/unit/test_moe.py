@@ -10,7 +10,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2 as v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
 
-from cpbench.communicator import Communicator
+from cpbench.communicator import Communicator, Incoming
 from cpbench.errors import CpbenchError
 from cpbench.experts import RouterRule
 from cpbench.layout import Layout
@@ -108,7 +108,7 @@ def test_a_block_is_the_sum_over_tokens_written_out():
     assert choice.weights_nK.dtype == torch.float64
     ours = run(mlp, x_nM)
     for row in range(len(x_nM)):
-        expected = mlp.shared.partial(x_nM[row : row + 1])[0]
+        expected = mlp.shared.partial(Incoming(x_nM[row : row + 1], lambda rows: rows)).values()[0]
         for expert, weight in zip(choice.experts_nK[row].tolist(), choice.weights_nK[row], strict=True):
             gate, up = (mlp.gate_up_weight[expert] @ x_nM[row]).chunk(2)
             expected = expected + weight * (mlp.down_weight[expert] @ (torch.nn.functional.silu(gate) * up))

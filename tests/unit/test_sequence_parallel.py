@@ -130,11 +130,43 @@ def test_partial_sums_cannot_be_added_before_they_are_completed_nor_completed_tw
     with pytest.raises(TypeError):
         torch.zeros(4, 2) + partial
     done = one_rank().complete(partial)
+    assert torch.equal(done, torch.ones(4, 2))
+    with pytest.raises(TypeError, match="complete already"):
+        one_rank().complete(partial)
     with pytest.raises(TypeError, match="is complete already"):
         one_rank().complete(done)
 
 
-@pytest.mark.parametrize(("method", "planted"), [("complete", lambda self, partial: partial.values_nM[: len(self._rows.held(self._groups.place))])])
+def test_the_input_of_a_block_is_used_once():
+    x = one_rank().incoming(torch.ones(4, 2), ATTENTION)
+    x.cut(lambda rows: (rows,))
+    with pytest.raises(TypeError, match="used once"):
+        x.whole(lambda rows: (rows,))
+
+
+@pytest.mark.parametrize("options", [{"sp_chunks": 3}, {"sp_gather": "latent"}, {"sp_chunks": 4, "lengths": (9, 5)}])
+@pytest.mark.parametrize("name", ["tp2sp", "tp4sp", "dp2tp2sp"])
+@pytest.mark.parametrize("model", ["qwen3-tiny", "deepseek-v3-tiny", "deepseek-v3.2-tiny"])
+def test_rows_in_pieces_and_behind_low_rank_projections(model, name, options):
+    cell = make(name, model, **options)
+    if model == "qwen3-tiny" and "sp_gather" in options:
+        assert unsupported(cell).endswith("the nearest valid value is sp_gather=hidden")
+        return
+    check = check_of(cell)
+    assert check.passed, check.reason
+    assert traffic(replace(cell, sp_chunks=1), 0) == traffic(cell, 0)
+
+
+def test_low_rank_rows_are_three_tenths_of_hidden_states():
+    """DeepSeek V3: 1536 + 576 of 7168 values; and in V3.2 the keys and gates of the indexer beside them."""
+    for model, values in (("deepseek-v3", 2112), ("deepseek-v3.2", 2112 + 128 + 64)):
+        plain = make("tp4sp", model, target="layer", lengths=(4096,))
+        low = replace(plain, sp_gather="latent")
+        saved = traffic(plain, 0).counts["tp", "all_gather"][1] - traffic(low, 0).counts["tp", "all_gather"][1]
+        assert saved == 3072 * (7168 - values) * 4
+
+
+@pytest.mark.parametrize(("method", "planted"), [("complete", lambda self, partial: partial.values()[: len(self._rows.held(self._groups.place))])])
 def test_a_sum_that_is_left_out_is_found(monkeypatch, method, planted):
     cell = make("tp2sp")
     with monkeypatch.context() as patched:
