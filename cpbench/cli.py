@@ -229,6 +229,36 @@ def layout_(names: options.NAMES, as_json: options.JSON = False) -> int:
 
 
 @app.command()
+def explain(
+    layout: options.EXPLAIN_LAYOUT,
+    layer: options.EXPLAIN_LAYER = None,
+    rank: options.EXPLAIN_RANK = 0,
+    model: options.EXPLAIN_MODEL = None,
+    seq: options.EXPLAIN_SEQ = None,
+    strategy: options.EXPLAIN_STRATEGY = None,
+    setting: options.EXPLAIN_SET = None,
+    as_json: options.JSON = False,
+) -> int:
+    """Explain a layout: every collective of a rank between and inside blocks, with axis, shape and bytes. Runs nothing."""
+    import json
+
+    from cpbench.plan import only_cell
+    from cpbench.report import console
+    from cpbench.report.explanation import chosen, explanation, explanation_json
+
+    given = {"layouts": layout, "strategies": strategy or "allgather", "baseline": False} | {
+        name: value for name, value in (("model", model), ("seq", seq)) if value is not None
+    }
+    cell = only_cell(_fresh(None, given, {}, setting or [], None).scenario)
+    layers = chosen(cell, rank, layer)
+    if as_json:
+        console.show_json(json.dumps(explanation_json(cell, rank, layers), indent=1))
+    else:
+        console.show(console.output(), explanation(cell, rank, layers))
+    return 0
+
+
+@app.command()
 def doctor() -> int:
     """Check this machine: can it run a sweep, and on what? Exit code 1 if it cannot."""
     from cpbench.doctor import findings

@@ -60,16 +60,16 @@ def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int, travell
     if experts is None or not cell.config.is_sparse(layer):
         return block_traffic(cell, step, place, DENSE_MLP)
     unit, mine, row = _unit(cell, place), step.attended(place), cell.config.hidden * cell.element_bytes
-    total, inside = Traffic(), _inside(cell, step, unit)
+    total, inside = Traffic(), common_spans(cell, step, unit)
     if inside:
         total += _surroundings(cell, step, place, inside)
-    total += _surroundings(cell, step, place, _outside(unit.spans, inside), tp=False)
+    total += _surroundings(cell, step, place, without(unit.spans, inside), tp=False)
     if experts.shared:
-        total += _surroundings(cell, step, place, _outside(spans_of(cell.layout, DENSE_MLP), inside), tp=False)
+        total += _surroundings(cell, step, place, without(spans_of(cell.layout, DENSE_MLP), inside), tp=False)
     if unit.alltoall:
         ep = cell.layout.ep
         total.add("ep", "all_to_all", (ep - 1) * experts.count // ep * INDEX_BYTES)
-        total.add("ep", "all_to_all", row * (_expected(cell, step, place) if travelled is None else travelled), 2)
+        total.add("ep", "all_to_all", row * (expected_rows(cell, step, place) if travelled is None else travelled), 2)
     if mine and unit.share.size > 1 and unit.ranks == 1 and not experts.shared:
         total.add("tp", "all_gather", (mine - len(unit.rows(mine))) * row)
     elif mine and cell.layout.tp > 1 and step.tp == 1:
@@ -77,13 +77,13 @@ def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int, travell
     return total
 
 
-def _inside(cell: Cell, step: TokenRows, unit: Unit) -> Spans:
+def common_spans(cell: Cell, step: TokenRows, unit: Unit) -> Spans:
     """Over tp, where routed and shared experts start from the rows of a whole tensor-parallel group that are gathered and scattered once."""
     tp = cell.layout.tp
     return (("tp", tp),) if step.tp > 1 and dict(unit.spans)["tp"] == tp else ()
 
 
-def _outside(spans: Spans, inside: Spans) -> Spans:
+def without(spans: Spans, inside: Spans) -> Spans:
     """What is left of some axes."""
     return tuple(span for span in spans if span not in inside)
 
@@ -119,7 +119,7 @@ def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pair
         return _dense_bytes(cell, step, place, cell.config.intermediate)
     cell = replace(cell, sp_chunks=1)  # experts take their rows together
     unit, around = _unit(cell, place), 0
-    if _inside(cell, step, unit):  # what follows begins with the rows of the tensor-parallel group
+    if common_spans(cell, step, unit):  # what follows begins with the rows of the tensor-parallel group
         around, step = surrounding_bytes(cell, step, place, ("tp",)), replace(step, tp=1)
     row, mine = cell.config.hidden * size, len(step.held(place))
     kept = mine * row if experts.shared else 0
@@ -233,7 +233,7 @@ def _replica_rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
     return sum(_unit_rows(cell, step, place)) if unit.alltoall else unit_rows(unit, place, step)
 
 
-def _expected(cell: Cell, step: TokenRows, place: Coordinates) -> int:
+def expected_rows(cell: Cell, step: TokenRows, place: Coordinates) -> int:
     """Rows that travel to a rank, to its experts and back, if all experts have equal loads."""
     assert cell.config.experts is not None
     rows, ep, top_k = _unit_rows(cell, step, place), cell.layout.ep, cell.config.experts.top_k

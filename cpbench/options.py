@@ -99,6 +99,14 @@ VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the r
 VERIFY_SET = Annotated[
     list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
 ]
+_EXPLAIN = "What to explain"
+EXPLAIN_LAYOUT = Annotated[str, _option(_EXPLAIN, "--layout", "NAME", "The layout: tp4sp, cp4tp2sp, cp2tp4/ep4tp2.")]
+EXPLAIN_LAYER = Annotated[int | None, _option(_EXPLAIN, "--layer", "N", "One decoder layer, from 0 on. Default: the whole pass.")]
+EXPLAIN_RANK = Annotated[int, _option(_EXPLAIN, "--rank", "N", "The rank whose exchanges are shown.")]
+EXPLAIN_MODEL = _text(_EXPLAIN, "--model", "NAME", "Preset, or path of a config.json. Default: qwen3-tiny on CPU, qwen3-8b on CUDA.")
+EXPLAIN_SEQ = _text(_EXPLAIN, "--seq", "N", "New tokens. Default: 36k.")
+EXPLAIN_STRATEGY = _text(_EXPLAIN, "--strategy", "NAME", "Context-parallel algorithm. Default: allgather.")
+EXPLAIN_SET = Annotated[list[str] | None, _option(_EXPLAIN, "--set", "A=B", "Any other field of a scenario: target, layers, dtype, sp_gather, dispatch.")]
 DEEP = _flag(_VERIFY, "--deep", "The long grid: more degrees, heads, batches, dtypes and page sizes. Minutes.")
 OUTPUT = _path(_OUTPUT, "--output -o", "The result file. Default: results/NAME-TIME.json.")
 DRY_RUN = _flag(_OUTPUT, "--dry-run", "Show cells, reasons and estimates; run nothing.")

@@ -142,6 +142,18 @@ def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> Planne
     return PlannedCell(cell, None, None, seconds)
 
 
+def only_cell(scenario: Scenario) -> Cell:
+    """The first cell of a resolved scenario that can run. Raises CpbenchError with the reason where none can."""
+    cells = list(cells_of(scenario, model_of(scenario)))
+    if not cells:
+        left = left_out(scenario, model_of(scenario))[0]
+        raise CpbenchError(f"{left.name} cannot run: {left.reason}.", f"The nearest valid layout is {left.nearest}.")
+    reasons = [unsupported(cell) for cell in cells]
+    if None not in reasons:
+        raise _impossible(str(cells[0].layout), reasons[0] or "")
+    return cells[reasons.index(None)]
+
+
 def unsupported(cell: Cell) -> str | None:
     """Why a cell can run on no machine, with the nearest valid value; None if it can."""
     return layout_reason(cell) or quant_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or _memory_reason(cell)

@@ -36,6 +36,7 @@ EXCHANGED = {
     "ep": "tokens, to their experts and back",
     "moe_tp": "partial sums of an expert",
 }
+SCATTERED = "rows, gathered before blocks, and their sums, scattered after them"
 
 
 def layout_view(layout: Layout, width: int) -> list[ConsoleRenderable]:
@@ -103,7 +104,14 @@ def _axes_table(layout: Layout, axes: Sequence[str]) -> Table:
     for axis in (*axes, *(MOE_AXES if layout.divides_experts else ())):
         if layout.size(axis) > 1:
             groups = layout.groups(axis)
-            table.add_row(axis, str(layout.size(axis)), str(layout.stride(axis)), str(len(groups)), rank_lists(groups), EXCHANGED[axis])
+            table.add_row(
+                axis,
+                str(layout.size(axis)),
+                str(layout.stride(axis)),
+                str(len(groups)),
+                rank_lists(groups),
+                SCATTERED if axis == "tp" and layout.sp else EXCHANGED[axis],
+            )
     return table
 
 
