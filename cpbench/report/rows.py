@@ -19,7 +19,8 @@ from cpbench.layout import Layout
 from cpbench.records import TIME_METRIC
 from cpbench.results import CellResult, Metric
 
-HEAD_GROUPS = "head_groups"  # the option that only one strategy has, so that it does not part a table
+HEAD_GROUPS = "head_groups"
+OWN = (HEAD_GROUPS, "sp_chunks", "sp_gather")  # options that only one strategy or some layouts have, so that they do not part a table
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _common(cell: CellResult) -> dict[str, Any]:
     varying = ("layout", "strategy", "partition", "lengths", "prefixes")
     common = {name: value for name, value in cell.key.items() if name not in varying}
     options = common.get("options")
-    return {**common, "options": {name: value for name, value in options.items() if name != HEAD_GROUPS}} if isinstance(options, dict) else common
+    return {**common, "options": {name: value for name, value in options.items() if name not in OWN}} if isinstance(options, dict) else common
 
 
 def _batch(cell: CellResult) -> Batch:
@@ -102,6 +103,14 @@ def _strategy(cell: CellResult) -> str:
     options = cell.key.get("options")
     groups = options.get(HEAD_GROUPS) if isinstance(options, dict) else None
     return f"{cell.key.get('strategy', '?')}" + (f"/{groups}" if groups else "")
+
+
+def _layout(cell: CellResult) -> str:
+    """`tp4sp`; `tp4sp latent` where rows are gathered behind low-rank projections, `tp4sp x4` where they travel in four pieces."""
+    options = cell.key.get("options")
+    found = options if isinstance(options, dict) else {}
+    pieces, latent = found.get("sp_chunks"), found.get("sp_gather") == "latent"
+    return f"{cell.key.get('layout', '?')}" + (f" x{pieces}" if pieces else "") + (" latent" if latent else "")
 
 
 def _rows(cells: Sequence[CellResult], cores: int | None) -> list[Row]:
@@ -127,7 +136,7 @@ def _row(cell: CellResult, baseline: CellResult | None, cores: int | None) -> Ro
     return Row(
         cell=cell,
         batch=_batch(cell),
-        layout=str(cell.key.get("layout", "?")),
+        layout=_layout(cell),
         strategy=_strategy(cell),
         time=time,
         is_baseline=cell is baseline,

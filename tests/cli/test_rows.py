@@ -112,6 +112,12 @@ def test_head_groups_do_not_part_a_table() -> None:
     assert [(row.strategy, row.speed_up) for row in rows] == [("none", 1.0), ("allgather/2", 2.0)]
 
 
+def test_how_rows_that_are_cut_over_tp_travel_stands_with_the_layout() -> None:
+    cells = [measured(make_cell("tp2", "none"), [2.0])]
+    cells += [measured(make_cell("tp2sp", "none", **options), [1.0]) for options in ({"sp_gather": "latent"}, {"sp_chunks": 4})]
+    assert [(row.layout, row.speed_up) for row in only_group(cells)] == [("tp2", 1.0), ("tp2sp latent", 2.0), ("tp2sp x4", 2.0)]
+
+
 def test_other_options_do() -> None:
     cells = [measured(make_cell("cp1", "none", page_size=size), [1.0]) for size in (None, 64)]
     assert [group.common["options"] for group in group_rows(cells, CORES)] == [{}, {"page_size": 64}]

@@ -84,7 +84,7 @@ MODELS |= {
         "90KB",  # with few heads many scores are zero, and transformers takes any of those
     ),
 }
-EVERYWHERE = {"qwen3": 12, "deepseek-v2": 40, "deepseek-v3.2": 40}  # and how many layouts there are at least
+EVERYWHERE = {"qwen3": 12, "deepseek-v3.2": 40}  # and how many layouts there are at least
 KERNEL = load_kernel("cpu_flash")
 EXPERT_LAYOUTS = [("cp2/ep2", "ring", "zigzag"), ("tp2/ep2", "none", "contiguous"), ("dp2tp2/ep2tp2", "none", "contiguous")]
 LAYOUTS = [
