@@ -112,6 +112,7 @@ def sweep(
     prompt: options.PROMPT = None,
     dtype: options.DTYPE = None,
     quant: options.QUANT = None,
+    router: options.ROUTER = None,
     seed: options.SEED = None,
     threads: options.THREADS = None,
     setting: options.SET = None,
@@ -139,6 +140,7 @@ def sweep(
         "layers": layers,
         "dtype": dtype,
         "quant": quant,
+        "router": router,
         "seed": seed,
         "experts": experts,
     }

@@ -68,6 +68,7 @@ WEIGHTS = _rare("--weights", "DIR", "A Hugging Face checkpoint instead of random
 PROMPT = _rare("--prompt", "FILE", "A text as the input, in the tokens of the tokenizer.json of --weights.")
 DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
 QUANT = _rare("--quant", "NAME", "Projections: none (as --dtype says) or fp8 (W8A8, scales per channel and token). Default: none.")
+ROUTER = _rare("--router", "RULE", "Of models with experts: trained (the model's own), uniform or zipf:1.2 for skewed load. Default: trained.")
 SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
 THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
@@ -79,7 +80,7 @@ FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine 
 MORE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
     "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
-    "NAME, --quant fp8, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES, --force. The README explains them."
+    "NAME, --quant fp8, --router RULE, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES, --force. The README explains them."
 )
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[

@@ -115,6 +115,7 @@ GRID = (
     Part((CHUNKED, SHORT)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), NARROW, ranks=({"cp": [4], "tp": [1, 2]},), all_partitions=False),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL), ranks=STAGES_AND_GROUPS, all_partitions=False),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL), ranks=({"layouts": ["tp4sp", "cp2tp2sp"]},), all_partitions=False),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL | ABSORBED), configs=LATENT, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
     Part((UNEVEN | PREFILL,), configs=EXPERTS, ranks=EXPERT_RANKS, all_partitions=False),
 )
@@ -125,6 +126,8 @@ DEEP_GRID = (
     Part([UNEVEN | PREFILL | {"kv_cache": "drop"}, *(CHUNKED | {"page_size": size} for size in (1, 16, 256))], NARROW, ranks=({"cp": [4], "tp": [1]},)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, SINGLE | PREFILL, SHORT | PREFILL), NARROW, ranks=({"pp": [1, 2], "dp": [1, 2], "cp": [1, 2], "tp": [1, 2]},)),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL, UNEVEN | LAYER), NARROW, (*LATENT, *EXPERTS), ({"cp": [2, 4], "tp": [1]}, *EXPERT_RANKS)),
+    Part((UNEVEN | PREFILL, CHUNKED | PREFILL), NARROW, ranks=({"layouts": ["tp4sp", "cp2tp2sp", "dp2tp2sp", "pp2tp2sp"]},)),
+    Part((UNEVEN | PREFILL | {"sp_gather": "latent"},), NARROW, LATENT[1:], ({"layouts": ["tp4sp", "cp2tp2sp/ep4"]},)),
     Part((CHUNKED | PREFILL | ABSORBED,), NARROW, LATENT, ({"cp": [4], "tp": [1]},)),
     Part([batch | {"head_groups": 2, "strategies": [GROUPED]} for batch in (UNEVEN, CHUNKED, UNEVEN | PREFILL)], NARROW),
 )

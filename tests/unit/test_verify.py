@@ -197,7 +197,7 @@ def test_logits_of_another_token(run, monkeypatch):
 
 def test_a_fault_outside_attention_is_named_by_its_target(run, monkeypatch):
     complete = Communicator.complete
-    monkeypatch.setattr(Communicator, "complete", lambda self, partial, axes: complete(self, partial, axes) if self._cp.rank != 1 else partial)
+    monkeypatch.setattr(Communicator, "complete", lambda self, partial: complete(self, partial) if self._cp.rank != 1 else partial.values())
     row = run(make(layout="cp2tp2", target="layer"))
     assert row.verdict == "wrong"
     assert row.reason.startswith("layer: ") and "traffic differs" in row.reason
