@@ -79,8 +79,9 @@ RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,cras
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
 MORE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
-    "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), --dtype "
-    "NAME, --quant fp8, --router RULE, --seed N, --threads N, --budget TIME, --cell-timeout TIME; with --resume, --retry STATUSES, --force. The README explains them."
+    "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), "
+    "--dtype NAME, --quant fp8, --router RULE, --seed N, --threads N, --budget TIME, --cell-timeout TIME; "
+    "with --resume, --retry STATUSES, --force. The README explains them."
 )
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[
