@@ -16,7 +16,6 @@ TRAINED = "trained"
 RULES = (TRAINED, "uniform", "zipf:1.2")
 MAX_EXPONENT = 8.0
 GATHER, ALLTOALL = "gather", "alltoall"
-DISPATCHES = (ALLTOALL, GATHER)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Its weights are replicated over tensor-parallel ranks, so that every rank of a token selects alike. One key head serves all query heads.
 The first values of each head are rotated in half-split pairs, unlike those of the attention around it, with the same frequencies. How
-scores become a selection is decided in kernels/selection.py.
+scores become a selection is decided in kernels/selection.py. The Hadamard transform with which released code spreads outliers before it
+quantises queries and keys to FP8 keeps dot products as they are; here they are scored as they are, so it is left out.
 """
 
 from __future__ import annotations
@@ -55,22 +56,6 @@ class LightningIndexer:
         head = x_nHD[..., : self.rotated]
         rotate(head.clone(), cos, sin, head)
         return x_nHD
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """The Hadamard transform of the last axis, whose size D is a power of two, scaled by D^-0.5: dot products stay as they are.
-
-    It spreads outliers before queries and keys are quantised to FP8. cpbench scores them as they are, so `LightningIndexer` leaves it out:
-    it would add a seventh to the projection of the queries. Done in log2(D) steps of sums and differences (Sylvester's order).
-    """
-    size, width = x.shape[-1], 1
-    if size & (size - 1) or not size:
-        raise ValueError(f"the Hadamard transform needs a power of two, not {size}")
-    while width < size:
-        low, high = x.unflatten(-1, (-1, 2, width)).unbind(-2)
-        x = torch.stack((low + high, low - high), -2).flatten(-3)
-        width *= 2
-    return x.mul(size**-0.5)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cpbench.cell import AttentionShape, Cell
+from cpbench.attention_shape import AttentionShape
+from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Block, Blocks, cut, split
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, PlacedBlock, Segment, place

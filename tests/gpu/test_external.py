@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cpbench.attention_shape import AttentionShape
 from cpbench.buffers import Buffers
-from cpbench.cell import AttentionShape, Cell
+from cpbench.cell import Cell
 from cpbench.distributed.mesh import Mesh
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cpbench.kernels.selection import select
 from cpbench.measure.memory import LiveTensors
 from cpbench.models.config import Indexer, LatentAttention, ModelConfig
-from cpbench.models.indexer import LightningIndexer, hadamard
+from cpbench.models.indexer import LightningIndexer
 from cpbench.models.weights import RandomWeights
 from cpbench.partition import PARTITIONS, Block, split
 from cpbench.segments import Span, place
@@ -100,17 +100,6 @@ def test_only_the_first_values_of_a_head_are_rotated():
 def test_a_model_without_an_indexer_is_refused():
     with pytest.raises(ValueError, match="no indexer"):
         LightningIndexer(ModelConfig("dense", 64, 1, 4, 4, 16, 64, 64), RandomWeights(0, torch.float32, CPU), "p")
-
-
-def test_the_hadamard_transform_keeps_dot_products_and_is_sylvesters_matrix():
-    torch.manual_seed(0)
-    q, k = torch.randn(7, 4, 128, dtype=torch.float64), torch.randn(30, 128, dtype=torch.float64)
-    assert torch.allclose(hadamard(q) @ hadamard(k).T, q @ k.T, rtol=0, atol=1e-12)
-    assert not torch.allclose(hadamard(k), k)
-    signs = [[(-1.0) ** (i & j).bit_count() for j in range(128)] for i in range(128)]
-    assert torch.allclose(hadamard(torch.eye(128)), torch.tensor(signs) * 128**-0.5)
-    with pytest.raises(ValueError, match="power of two"):
-        hadamard(torch.ones(3, 24))
 
 
 @pytest.mark.parametrize("tile", [None, Tile(1, 1), Tile(3, 7), Tile(64, 16)])

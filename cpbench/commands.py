@@ -1,0 +1,152 @@
+"""What the commands do between flags and exit codes: a sweep that is new or continued, its plan, and a grid to verify, run and printed.
+
+Heavy modules are imported where they are used, because `--help` must not wait for them. Flags and their texts are in cli.py and options.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cpbench.errors import INTERRUPTED, CpbenchError
+
+if TYPE_CHECKING:
+    from cpbench.environment import Machine
+    from cpbench.results import ResultFile
+    from cpbench.scenario import Scenario
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep that is ready to start."""
+
+    scenario: Scenario
+    machine: Machine
+    output: Path
+    notes: list[str]
+    resume: ResultFile | None = None
+    retry: tuple[str, ...] = ("interrupted",)
+
+
+def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], settings: list[str], output: Path | None) -> Job:
+    """What the flags say over what the file says over what the machine suggests."""
+    from datetime import UTC, datetime
+
+    from cpbench.environment import detect_machine
+    from cpbench.resume import RESULTS
+    from cpbench.scenario import override, parse_scenario, read_yaml, resolve, without_replaced
+
+    data: dict[str, Any] = {**without_replaced(read_yaml(file) if file else {}, fields), **fields}
+    for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
+        data = override(data, setting)
+    machine = detect_machine()
+    scenario, notes = resolve(parse_scenario(data), machine)
+    name = f"{scenario.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    return Job(scenario, machine, output or RESULTS / name, notes)
+
+
+def resumed(output: Path | None, limits: dict[str, str], retry: str | None, force: bool) -> Job:
+    from cpbench import resume
+    from cpbench.environment import detect_machine
+
+    statuses = resume.retried("interrupted" if retry is None else retry)
+    file, result = resume.find(output)
+    scenario, machine = resume.scenario_of(result, file, limits), detect_machine()
+    if not force:
+        resume.require_same_machine(result, machine)
+    return Job(scenario, machine, file, result.run.defaults, result, statuses)
+
+
+def refuse_with_resume(given: list[str]) -> None:
+    flags = {"strategies": "strategy", "batches": "lengths"}
+    if given:
+        flag = f"--{flags.get(given[0], given[0])}"
+        raise CpbenchError(f"--resume reads what to measure from the file and cannot be combined with {flag}.", f"Leave {flag} out, or start a new sweep.")
+
+
+def run_job(job: Job, as_json: bool, quiet: bool) -> int:
+    """Run, print, and say how it went."""
+    from cpbench import resume
+    from cpbench.driver import exit_code, run_sweep
+    from cpbench.plan import make_plan
+    from cpbench.report import console
+    from cpbench.report.listing import plan_echo
+    from cpbench.report.progress import Silent, progress_on
+    from cpbench.report.table import closing_lines
+
+    plan = make_plan(job.scenario, job.machine)
+    messages = console.messages()
+    if not quiet:
+        continued = job.resume and [resume.describe(job.resume, job.output, job.retry)]
+        console.show(messages, continued or plan_echo(job.scenario, plan, job.notes, job.machine))
+    result = run_sweep(
+        job.scenario,
+        plan,
+        job.machine,
+        job.output,
+        argv=sys.argv[1:],
+        notes=job.notes,
+        progress=Silent() if quiet else progress_on(messages, job.machine.cores),
+        resume=job.resume,
+        retry=job.retry,
+    )
+    print_result(result, as_json)
+    console.show(messages if as_json else console.output(), [] if as_json and quiet else closing_lines(result, job.output))
+    return exit_code(result)
+
+
+def show_plan(job: Job, as_json: bool) -> int:
+    import json
+
+    from cpbench.plan import make_plan
+    from cpbench.report import console
+    from cpbench.report.listing import plan_echo, plan_json, plan_view
+
+    plan = make_plan(job.scenario, job.machine)
+    if as_json:
+        console.show_json(json.dumps(plan_json(job.scenario, plan, job.notes), indent=1))
+        return 0
+    echo = plan_echo(job.scenario, plan, job.notes, job.machine)
+    console.show(console.output(), [*echo[:-1], *plan_view(plan, job.machine), f"{echo[-1]}. Nothing was run."])
+    return 0
+
+
+def verify(fields: dict[str, Any], settings: list[str], deep: bool, as_json: bool, quiet: bool) -> int:
+    """Run the grid and print it; what has run so far where it is interrupted."""
+    import json
+
+    from cpbench import verify as verification
+    from cpbench.environment import detect_machine
+    from cpbench.report import console
+    from cpbench.report.verification import Progress, header, verification_json, verification_view
+
+    asked, device = verification.asked_fields(fields, settings, detect_machine())
+    entries = verification.grid(asked, device, deep=deep)
+    messages, rows, interrupted = console.messages(), list[verification.Row](), False
+    console.show(messages, [] if quiet else [header(entries, device)])
+    try:
+        with Progress(messages, len(entries), quiet=quiet) as progress:
+            for row in verification.run(entries, device, progress.starting):
+                rows.append(row)
+                progress.done(row)
+    except KeyboardInterrupt:
+        interrupted = True
+    if as_json:
+        console.show_json(json.dumps(verification_json(rows), indent=1))
+    else:
+        out = console.output()
+        console.show(out, verification_view(rows, out, interrupted))
+    return INTERRUPTED if interrupted else int(any(row.verdict == "wrong" for row in rows))
+
+
+def print_result(result: ResultFile, as_json: bool) -> None:
+    from cpbench.report import console
+    from cpbench.report.table import result_view
+
+    if as_json:
+        console.show_json(result.model_dump_json(by_alias=True, indent=1))
+        return
+    out = console.output()
+    console.show(out, result_view(result, out))
