@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class AttentionShape:
     """Sizes of the attention of one tensor-parallel rank, as strategies and kernels see them.
 
-    A token's row has one part for each kv head, K of all before V of all; or a single part, which all heads share. `opened`: K and V of
-    every query head are computed from the row, else they are views of it. `top_k`: a query attends to at most so many keys, selected by
-    values behind those of K and V in the row; 0: to all.
+    A token's row has one part for each kv head, K of all before V of all; or a single part, which all heads share. `opened`: values per
+    query head that are computed from the row, K and what K and V are taken from; 0: both are views of it. `top_k`: a query attends to at
+    most so many keys, selected by values behind those of K and V in the row; 0: to all.
     """
 
     heads: int
@@ -20,7 +20,7 @@ class AttentionShape:
     qk_dim: int
     v_dim: int
     part_values: int
-    opened: bool = False
+    opened: int = 0
     top_k: int = 0
 
     @property
@@ -39,5 +39,5 @@ class AttentionShape:
         return [*(slice(p * k, (p + 1) * k) for p in parts), *(slice(values + p * v, values + (p + 1) * v) for p in parts)]
 
     def opened_values(self, heads: int) -> int:
-        """Values per row that are made when it is opened for so many heads: K, and what K and V are taken from."""
-        return heads * (2 * self.qk_dim + self.v_dim) if self.opened else 0
+        """Values per row that are made when it is opened for so many heads."""
+        return heads * self.opened

@@ -247,7 +247,8 @@ class Cell:
             return AttentionShape(self.heads, 1, latent.row_values, latent.kv_rank, latent.row_values + indexer.dim, top_k=indexer.top_k)
         if self.absorbed:
             return AttentionShape(self.heads, 1, latent.row_values, latent.kv_rank, latent.row_values)
-        return AttentionShape(self.heads, 1, latent.nope_dim + latent.rope_dim, latent.v_dim, latent.row_values, opened=True)
+        qk_dim = latent.nope_dim + latent.rope_dim
+        return AttentionShape(self.heads, 1, qk_dim, latent.v_dim, latent.row_values, opened=qk_dim + latent.nope_dim + latent.v_dim)
 
     @property
     def key(self) -> dict[str, Any]:

@@ -153,6 +153,7 @@ class Communicator:
             for whole, part in zip(results, parts, strict=True):
                 for here, there in places:
                     whole[there] = part[here]
+            del rows_pM, parts, part  # before the next piece but one is asked for
         return results
 
     def _scattered_in_pieces(self, rows_nX: Tensor, last: Callable[[Tensor], Tensor], gather: Gather) -> Tensor:
