@@ -38,7 +38,7 @@ def rival(name: str, ours: Program) -> Callable[[], Tensor]:
         raise SystemExit(f"{name} needs the package {absent[0]}: pip install --no-deps ring-flash-attn yunchang")
     install_flash_attn()
     q, rows = ours.attention_inputs()
-    q, k, v = (x.unsqueeze(0).contiguous() for x in (q, *ours.open_rows(rows)))
+    q, k, v = (x.unsqueeze(0).contiguous() for x in (q, *ours.open_rows()(rows)))
     context = ours.steps[0].attention.context
 
     def run() -> Tensor:
