@@ -165,10 +165,14 @@ class Group(ABC):
             yield coming[1], coming[2]
 
     def _gather_blocks(self, pieces: Sequence[Tensor], block: Tensor) -> Handle:
-        """Every rank's block into its piece, straight from rank to rank."""
-        pieces[self.rank].copy_(block)
+        """Every rank's block into its piece."""
+        return self._exchange(pieces, [block] * self.size)
+
+    def _exchange(self, pieces: Sequence[Tensor], blocks: Sequence[Tensor]) -> Handle:
+        """A block for each rank, and a piece from each, straight from rank to rank."""
+        pieces[self.rank].copy_(blocks[self.rank])
         peers = [peer for peer in range(self.size) if peer != self.rank]
-        return self._transfer({peer: block for peer in peers if len(block)}, {peer: pieces[peer] for peer in peers if len(pieces[peer])})
+        return self._transfer({peer: blocks[peer] for peer in peers if len(blocks[peer])}, {peer: pieces[peer] for peer in peers if len(pieces[peer])})
 
     def all_to_all(self, output: Tensor, block: Tensor, output_rows: Sequence[int], block_rows: Sequence[int]) -> Handle:
         """Send `block_rows[r]` leading rows to each rank r in turn; receive `output_rows[r]` from it. Both tensors contiguous."""
@@ -222,11 +226,11 @@ class Group(ABC):
     def share(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's numbers (equally many on each), in rank order. Control plane: not recorded."""
 
-    @abstractmethod
-    def _all_gather(self, output: Tensor, block: Tensor) -> Handle: ...
+    def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
+        return self._gather_blocks(output.view(self.size, *block.shape).unbind(), block)
 
-    @abstractmethod
-    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle: ...
+    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
+        return self._exchange(torch.split(output, output_rows), torch.split(block, block_rows))
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> None: ...
@@ -279,7 +283,7 @@ class ProcessGroup(Group):
     def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
         if self._is_nccl:
             return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
-        return self._gather_blocks(output.view(self.size, *block.shape).unbind(), block)  # gloo's own takes up to three times as long for large blocks
+        return super()._all_gather(output, block)  # gloo's own takes up to three times as long for large blocks
 
     def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
         if self._is_nccl:
@@ -287,7 +291,9 @@ class ProcessGroup(Group):
         return self._is_nccl
 
     def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
-        return Handle(dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True).wait)
+        if self._is_nccl:
+            return Handle(dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True).wait)
+        return super()._all_to_all(output, block, output_rows, block_rows)  # a thread of gloo's own keeps what was sent alive after wait() has returned
 
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self._group)

@@ -113,13 +113,6 @@ class LocalGroup(Group):
         shared: list[list[float]] = self._meet([float(value) for value in values], list)
         return shared
 
-    def _all_gather(self, output: Tensor, block: Tensor) -> Handle:
-        return Handle(lambda: self._meet(block, lambda blocks: torch.cat(blocks, out=output)))
-
-    def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
-        pieces = torch.split(block, block_rows)
-        return Handle(lambda: self._meet(pieces, lambda board: torch.cat([theirs[self.rank] for theirs in board], out=output)))
-
     def _all_reduce(self, tensor: Tensor) -> None:
         total = self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0, dtype=tensor.dtype))
         tensor.copy_(total)
