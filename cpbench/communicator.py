@@ -21,7 +21,7 @@ from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
 from cpbench.models.router import Routing
 from cpbench.partition import cut
-from cpbench.sharding import Axes, Exchange, Gather, Spans, TokenRows, Unit, exchange_over, spans_of
+from cpbench.sharding import Axes, Exchange, Gather, Spans, TokenRows, Unit, common_spans, exchange_over, spans_of, without
 
 Rows = Callable[[Tensor], tuple[Tensor, ...]]  # a function of rows, each by itself: tensors with as many rows
 
@@ -136,7 +136,7 @@ class Communicator:
         spans = spans_of(self._groups.layout, partial.weights)
         gather = self._in_pieces(spans)
         if gather and partial.last is not None:
-            return self._scattered_in_pieces(partial.take(), partial.last, gather)
+            return self._tp.reduce_scatter_pieces(partial.take(), partial.last, gather.rows, self._chunks)
         return self._sum(self._scattered(partial.values(), spans), self._exchange(spans).sums)
 
     def _in_pieces(self, spans: Spans) -> Gather | None:
@@ -156,37 +156,32 @@ class Communicator:
             del rows_pM, parts, part  # before the next piece but one is asked for
         return results
 
-    def _scattered_in_pieces(self, rows_nX: Tensor, last: Callable[[Tensor], Tensor], gather: Gather) -> Tensor:
-        """The last product of a block and the scattered sum of its rows, a piece at a time while the one before is on its way."""
-        return self._tp.reduce_scatter_pieces(rows_nX, last, gather.rows, self._chunks)
-
     @property
     def unit(self) -> Unit:
         assert self._unit is not None, "the model has no experts"
         return self._unit
 
     @cached_property
-    def _inside(self) -> Axes:
-        """The axes that are gathered before a block of experts and scattered after it, once for routed and shared experts together."""
-        sequence_parallel = self._rows.tp > 1 and dict(self.unit.spans)["tp"] == self._tp.size
-        return ("tp",) if sequence_parallel else ()
+    def _common(self) -> Spans:
+        """What is gathered before a block of experts and scattered after it, once for routed and shared experts together."""
+        return common_spans(self._groups.layout, self._rows, self.unit)
 
     def enter_experts(self, x_nM: Tensor) -> Tensor:
         """The rows that routed and shared experts both start from: those of the whole tensor-parallel group where both must see them."""
-        return self._gathered(x_nM, tuple((axis, self._groups.layout.size(axis)) for axis in self._inside))
+        return self._gathered(x_nM, self._common)
 
     def incoming_shared(self, x_nM: Tensor, weights: Axes) -> Incoming:
         """As `incoming`, of what `enter_experts` returned."""
-        return Incoming(x_nM, partial(self._gathered, spans=self._outside(spans_of(self._groups.layout, weights))))
+        return Incoming(x_nM, partial(self._gathered, spans=without(spans_of(self._groups.layout, weights), self._common)))
 
     def scatter_shared(self, partial: Partial) -> Tensor:
         """As `complete` of what shared experts computed, without the last sum, over tp, which `combine_unit` does for all experts together."""
-        spans = self._outside(spans_of(self._groups.layout, partial.weights))
+        spans = without(spans_of(self._groups.layout, partial.weights), self._common)
         return self._sum(self._scattered(partial.values(), spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
 
     def gather_unit(self, x_nM: Tensor) -> Tensor:
         """The rows that the experts of this rank's unit are asked for: those that its ranks must see together, or a share of its own."""
-        seen_nM = self._gathered(x_nM, self._outside(self.unit.spans))
+        seen_nM = self._gathered(x_nM, without(self.unit.spans, self._common))
         rows = self.unit.rows(len(seen_nM))
         return seen_nM[rows.start : rows.stop]
 
@@ -196,7 +191,7 @@ class Communicator:
         `rows`: how many `enter_experts` returned. A unit that took a share of them has zeros to add to the others. One of a single rank has no
         partial sums: its share is whole.
         """
-        unit, spans = self.unit, self._outside(self.unit.spans)
+        unit, spans = self.unit, without(self.unit.spans, self._common)
         sums = self._exchange(spans).sums
         partial_uM = self._sum(self._scattered(partial_uM, spans), [span for span in sums if span[0] != "tp"])
         if unit.share.size > 1 and unit.ranks == 1 and shared_nM is None:
@@ -211,11 +206,7 @@ class Communicator:
         else:
             out_nM = partial_uM if shared_nM is None else partial_uM.add_(shared_nM)
         out_nM = self._sum(out_nM, [span for span in sums if span[0] == "tp"])
-        return self._scattered(out_nM, tuple((axis, self._groups.layout.size(axis)) for axis in self._inside))
-
-    def _outside(self, spans: Spans) -> Spans:
-        """Without the axes that `enter_experts` gathers over."""
-        return tuple(span for span in spans if span[0] not in self._inside)
+        return self._scattered(out_nM, self._common)
 
     def dispatch(self, loads_E: Tensor) -> Dispatch:
         """Tell the other expert-parallel ranks how many rows each of their experts gets from here, and learn what they send."""
@@ -237,9 +228,7 @@ class Communicator:
         """The way back of what was gathered."""
         for step in reversed(self._exchange(spans).gathers):
             group = self._groups.along(step.axis, len(step.rows))
-            mine = partial_nM.new_empty(step.rows[group.rank], partial_nM.shape[1])
-            group.reduce_scatter_rows(mine, partial_nM, step.rows)
-            partial_nM = mine
+            partial_nM = group.reduce_scatter_rows(partial_nM, step.rows)
         return partial_nM
 
     def _sum(self, partial_nM: Tensor, sums: Iterable[tuple[str, int]]) -> Tensor:

@@ -1,8 +1,8 @@
-"""Closed forms for the feed-forward block of a layer: what a rank computes, holds, gathers, sends and sums there. Pure numbers, without torch.
+"""Closed forms for the feed-forward block of a layer: what a rank computes and holds there. Pure numbers, without torch.
 
-What surrounds the block (gathers before it, sums after it) follows from sharding.py. The rest of a cell is in formulas.py. How many rows an
-expert gets is the router's choice: where experts lie on several ranks, operations and memory are those of equal loads, and so is the traffic
-unless it is told how many rows travelled.
+What surrounds the block (gathers before it, sums after it) follows from sharding.py and is written out in transitions.py; the rest of a cell is
+in formulas.py. How many rows an expert gets is the router's choice: where experts lie on several ranks, operations and memory are those of
+equal loads.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import replace
 from math import ceil, prod
 
 from cpbench.cell import Cell
-from cpbench.distributed.traffic import Traffic, summing_bytes
+from cpbench.distributed.traffic import summing_bytes
 from cpbench.layout import Coordinates
 from cpbench.models.config import Experts
 from cpbench.quantisation import dense_matrices, expert_matrices, workspace
-from cpbench.sharding import ATTENTION, DENSE_MLP, Spans, TokenRows, Unit, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
+from cpbench.sharding import ATTENTION, DENSE_MLP, Spans, TokenRows, Unit, common_spans, dispatch_of, exchange, exchange_over, spans_of, unit_of, unit_rows
 
 INDEX_BYTES = 8
 
@@ -54,64 +54,6 @@ def whole_flops(cell: Cell, rows: int, copies: int, layer: int) -> int:
     return routed + 6 * rows * hidden * _shared(experts)
 
 
-def traffic(cell: Cell, step: TokenRows, place: Coordinates, layer: int, travelled: int | None = None) -> Traffic:
-    """What the feed-forward block of a layer receives in one step. `travelled`: rows that came to a rank's experts, and back, from other ranks."""
-    experts = cell.config.experts
-    if experts is None or not cell.config.is_sparse(layer):
-        return block_traffic(cell, step, place, DENSE_MLP)
-    unit, mine, row = _unit(cell, place), step.attended(place), cell.config.hidden * cell.element_bytes
-    total, inside = Traffic(), common_spans(cell, step, unit)
-    if inside:
-        total += _surroundings(cell, step, place, inside)
-    total += _surroundings(cell, step, place, without(unit.spans, inside), tp=False)
-    if experts.shared:
-        total += _surroundings(cell, step, place, without(spans_of(cell.layout, DENSE_MLP), inside), tp=False)
-    if unit.alltoall:
-        ep = cell.layout.ep
-        total.add("ep", "all_to_all", (ep - 1) * experts.count // ep * INDEX_BYTES)
-        total.add("ep", "all_to_all", row * (expected_rows(cell, step, place) if travelled is None else travelled), 2)
-    if mine and unit.share.size > 1 and unit.ranks == 1 and not experts.shared:
-        total.add("tp", "all_gather", (mine - len(unit.rows(mine))) * row)
-    elif mine and cell.layout.tp > 1 and step.tp == 1:
-        total.add("tp", "all_reduce", 2 * mine * row * (cell.layout.tp - 1) // cell.layout.tp)
-    return total
-
-
-def common_spans(cell: Cell, step: TokenRows, unit: Unit) -> Spans:
-    """Over tp, where routed and shared experts start from the rows of a whole tensor-parallel group that are gathered and scattered once."""
-    tp = cell.layout.tp
-    return (("tp", tp),) if step.tp > 1 and dict(unit.spans)["tp"] == tp else ()
-
-
-def without(spans: Spans, inside: Spans) -> Spans:
-    """What is left of some axes."""
-    return tuple(span for span in spans if span not in inside)
-
-
-def block_traffic(cell: Cell, step: TokenRows, place: Coordinates, weights: tuple[str, ...], *, before: bool = True, low: int = 0) -> Traffic:
-    """What surrounds a block whose weights are cut over the axes `weights`: gathered rows, unless it needs none before, and sums.
-
-    `low`: values of the rows that are gathered; 0: hidden states.
-    """
-    return _surroundings(cell, step, place, spans_of(cell.layout, weights), before=before, low=low)
-
-
-def _surroundings(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans, *, tp: bool = True, before: bool = True, low: int = 0) -> Traffic:
-    """Gathers (`before` the block) and sums; `tp`: the last all-reduce, over tp, too."""
-    mine, total = step.attended(place), Traffic()
-    row = cell.config.hidden * cell.element_bytes
-    plan = exchange_over(place, step, spans)
-    for gather in plan.gathers:
-        own = gather.rows[getattr(place, gather.axis) % len(gather.rows)]
-        if before:
-            total.add(gather.axis, "all_gather", (sum(gather.rows) - own) * (low * cell.element_bytes or row))
-        total.add(gather.axis, "reduce_scatter", own * (len(gather.rows) - 1) * row)
-    for axis, size in plan.sums if mine else ():
-        if tp or axis != "tp":
-            total.add(axis, "all_reduce", 2 * mine * row * (size - 1) // size)
-    return total
-
-
 def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pairs: int | None = None) -> int:
     """Alive at the largest moment of the feed-forward block, beside the residual: gathering, computing, or scattering its sums."""
     experts, size = cell.config.experts, cell.element_bytes
@@ -119,7 +61,7 @@ def live_bytes(cell: Cell, step: TokenRows, place: Coordinates, layer: int, pair
         return _dense_bytes(cell, step, place, cell.config.intermediate)
     cell = replace(cell, sp_chunks=1)  # experts take their rows together
     unit, around = _unit(cell, place), 0
-    if common_spans(cell, step, unit):  # what follows begins with the rows of the tensor-parallel group
+    if common_spans(cell.layout, step, unit):  # what follows begins with the rows of the tensor-parallel group
         around, step = surrounding_bytes(cell, step, place, ("tp",)), replace(step, tp=1)
     row, mine = cell.config.hidden * size, len(step.held(place))
     kept = mine * row if experts.shared else 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cpbench import attention_block, feed_forward
+from cpbench import attention_block, feed_forward, transitions
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import Coordinates
 from cpbench.quantisation import saved_bytes
-from cpbench.sharding import ATTENTION, VOCABULARY, TokenRows
+from cpbench.sharding import ATTENTION
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import row_values
 
@@ -88,26 +88,10 @@ def _pairs_of_part(cell: Cell) -> tuple[int, int]:
 
 def traffic(cell: Cell, rank: int, sent: Sent | None = None) -> Traffic:
     """What a global rank receives in one pass. Rows that travel to experts are as many as were `sent`, else as if all experts had equal loads."""
-    place, layout, config = cell.layout.coordinates(rank), cell.layout, cell.config
-    part, total = cell.parts[place.dp].cell, Traffic()
-    for index, rows in enumerate(cell.token_rows):
-        if index < len(part.steps):
-            total += _attention_traffic(part.steps[index], place.cp).times(1 if cell.target == "attention" else len(cell.stage_layers(place.pp)))
-        if cell.target != "attention":
-            total += _decoder_traffic(cell, rows, place, travelled(cell, rank, index, sent))
-    if cell.target == "prefill" and place.pp == layout.pp - 1 and part.steps:
-        batch = len(part.lengths)
-        if layout.cp > 1 and not part.steps[-1].split.replicated:
-            total.add("cp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.cp - 1) // layout.cp)
-        if layout.sp:
-            total.add("tp", "all_reduce", 2 * (batch * config.hidden * cell.element_bytes) * (layout.tp - 1) // layout.tp)
-        if layout.tp > 1:
-            total.add("tp", "all_gather", (layout.tp - 1) * batch * 4 * 8)  # two values and two indices in fp64
+    total = Traffic()
+    for index in range(cell.step_count):
+        total += transitions.received(cell, rank, index, travelled(cell, rank, index, sent))
     return total
-
-
-def _attention_traffic(step: Cell, cp_rank: int) -> Traffic:
-    return STRATEGIES[step.strategy].traffic(step, cp_rank)
 
 
 def sparse_layers(cell: Cell, place: Coordinates) -> list[int]:
@@ -127,20 +111,6 @@ def travelled(cell: Cell, rank: int, index: int, sent: Sent | None) -> dict[int,
         came = sum(sent[peer][number][place.ep] for peer in peers if peer != rank)
         found[layer] = came + sum(rows for ep, rows in enumerate(sent[rank][number]) if ep != place.ep)
     return found
-
-
-def _decoder_traffic(cell: Cell, step: TokenRows, place: Coordinates, travelled: dict[int, int]) -> Traffic:
-    """What the layers of a stage, the embedding and the way from the stage before receive in a step, beside the attention across ranks."""
-    layers, mine, total = cell.stage_layers(place.pp), len(step.held(place)), Traffic()
-    if step.attended(place):
-        total += feed_forward.block_traffic(cell, step, place, ATTENTION, low=cell.low_values).times(len(layers))
-    for layer in layers:
-        total += feed_forward.traffic(cell, step, place, layer, travelled.get(layer))
-    if cell.target == "prefill" and place.pp == 0 and step.attended(place):
-        total += feed_forward.block_traffic(cell, step, place, VOCABULARY, before=False)  # every rank knows all token ids
-    if cell.target == "prefill" and place.pp > 0 and mine:
-        total.add("pp", "send_recv", mine * cell.config.hidden * cell.element_bytes)
-    return total
 
 
 def live_bytes(cell: Cell, rank: int, steps: Iterable[int] = (), pairs: int | None = None) -> int:

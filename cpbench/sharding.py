@@ -67,6 +67,11 @@ class Gather:
     axis: str
     rows: tuple[int, ...]
 
+    def own(self, place: Coordinates) -> int:
+        """Rows of the rank at `place`, one of those that come together."""
+        index: int = getattr(place, self.axis) % len(self.rows)
+        return self.rows[index]
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -114,6 +119,17 @@ class Unit:
 def spans_of(layout: Layout, weights: Axes) -> Spans:
     """The whole axes."""
     return tuple((axis, layout.size(axis)) for axis in weights)
+
+
+def common_spans(layout: Layout, tokens: TokenRows, unit: Unit) -> Spans:
+    """What is gathered once for routed and shared experts, and scattered once: tp, where both start from the rows of a whole group of it."""
+    tp = ("tp", layout.tp)
+    return (tp,) if tokens.tp > 1 and tp in unit.spans else ()
+
+
+def without(spans: Spans, common: Spans) -> Spans:
+    """What is left to gather for one of them."""
+    return tuple(span for span in spans if span not in common)
 
 
 def exchange(layout: Layout, place: Coordinates, tokens: TokenRows, weights: Axes) -> Exchange:

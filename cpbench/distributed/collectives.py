@@ -89,58 +89,51 @@ class Group(ABC):
         self._record("all_gather", _bytes(output) - _bytes(block))
         return self._gather_blocks(torch.split(output, list(rows)), block)
 
-    def reduce_scatter_rows(self, output: Tensor, partial: Tensor, rows: Sequence[int]) -> None:
-        """Sum `partial` [sum(rows), ...] over the ranks and keep one's own rows: `output` [rows[rank], ...]; both contiguous.
+    def reduce_scatter_rows(self, partial: Tensor, rows: Sequence[int]) -> Tensor:
+        """Sum `partial` [sum(rows), ...], contiguous, over the ranks and keep one's own rows [rows[rank], ...].
 
         NCCL does it where lengths are equal. Else rows travel straight to whom they belong, a piece at a time while the one before is summed,
         in rank order: that takes blocks of different lengths, receives size - 1 times the output as a ring does (gloo's own receives as much as
         an all-reduce), and needs space for two pieces.
         """
-        if self.size == 1:
-            output.copy_(partial)
-            return
-        self._record("reduce_scatter", _bytes(output) * (self.size - 1))
-        if len(set(rows)) == 1 and self._reduce_scatter(output, partial):
-            return
-        parts = summed_parts(max(rows) * _bytes(partial) // max(1, len(partial)))
-        blocks = torch.split(partial, list(rows))
-        self._sum_pieces(output, lambda pieces: [block[first:last] for block, (first, last) in zip(blocks, pieces, strict=True)], rows, parts)
+        row = _bytes(partial) // max(1, len(partial))
+        self._record("reduce_scatter", rows[self.rank] * row * (self.size - 1))
+        return self._reduce_scatter(partial, rows, summed_parts(max(rows) * row))
 
     def reduce_scatter_pieces(self, rows_nX: Tensor, last: Callable[[Tensor], Tensor], rows: Sequence[int], parts: int) -> Tensor:
         """`reduce_scatter_rows` of last(rows_nX), a function of each row by itself that is computed a piece at a time: one's own rows.
 
         While a piece is on its way, the next one is computed.
         """
-        blocks, output = torch.split(rows_nX, list(rows)), None
+        blocks = torch.split(rows_nX, list(rows))
 
-        def computed(pieces: Sequence[tuple[int, int]]) -> list[Tensor]:
-            values = last(torch.cat([block[first:last_] for block, (first, last_) in zip(blocks, pieces, strict=True)]))
-            return list(torch.split(values, [last_ - first for first, last_ in pieces]))
+        def computed(pieces: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+            values = last(torch.cat([block[first:end] for block, (first, end) in zip(blocks, pieces, strict=True)]))
+            return torch.split(values, [end - first for first, end in pieces])
 
-        first_pieces = [cut(count, parts)[0] for count in rows]
-        like = computed(first_pieces)
-        output = like[0].new_empty(rows[self.rank], like[0].shape[1])
+        output = self._summed(computed, rows, parts)
         self._record("reduce_scatter", _bytes(output) * (self.size - 1))
-        known = {tuple(first_pieces): like}
-        self._sum_pieces(output, lambda pieces: known.pop(tuple(pieces), None) or computed(pieces), rows, parts)
         return output
 
-    def _sum_pieces(self, output: Tensor, pieces_of: Callable[[Sequence[tuple[int, int]]], list[Tensor]], rows: Sequence[int], parts: int) -> None:
-        """Sum what `pieces_of` gives of the rows of each rank, over the ranks: one's own into `output`."""
-        cuts, arriving = [cut(count, parts) for count in rows], None
-        for index in range(parts):
-            spans = [one[index] for one in cuts]
-            first, last = spans[self.rank]
-            pieces = dict(enumerate(pieces_of(spans)))
-            received = output.new_empty(self.size, last - first, *output.shape[1:])
-            received[self.rank].copy_(pieces.pop(self.rank))
-            receive = {peer: received[peer] for peer in pieces} if last > first else {}
-            handle = self._transfer({peer: piece for peer, piece in pieces.items() if len(piece)}, receive)
+    def _summed(self, pieces_of: Callable[[Sequence[tuple[int, int]]], Sequence[Tensor]], rows: Sequence[int], parts: int) -> Tensor:
+        """One's own rows of what `pieces_of` gives of the rows of each rank, summed over the ranks; `parts` is one at least."""
+        cuts = [cut(count, parts) for count in rows]
+        output: Tensor | None = None
+        arriving: tuple[Handle, Tensor, Tensor] | None = None
+        for spans in zip(*cuts, strict=True):
+            first, end = spans[self.rank]
+            pieces = pieces_of(spans)
+            if output is None:
+                output = pieces[0].new_empty(rows[self.rank], *pieces[0].shape[1:])
+            received = output.new_empty(self.size, end - first, *output.shape[1:])
+            handle = self._exchange(received.unbind(), pieces)
+            del pieces
             if arriving is not None:
-                _sum_arrived(output, *arriving)
-            arriving = handle, received, first
-        if arriving is not None:
-            _sum_arrived(output, *arriving)
+                _sum_arrived(*arriving)
+            arriving = handle, received, output[first:end]
+        assert output is not None and arriving is not None, "rows go in one part at least"
+        _sum_arrived(*arriving)
+        return output
 
     def all_gather_pieces(self, block: Tensor, rows: Sequence[int], parts: int) -> Iterator[tuple[Tensor, list[tuple[slice, slice]]]]:
         """`all_gather_rows` a piece at a time, the next one under way: the piece of all ranks, and where the rows of each lie in it and in the whole."""
@@ -235,9 +228,9 @@ class Group(ABC):
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> None: ...
 
-    def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
-        """Do it for equal blocks, if the backend does it well."""
-        return False
+    def _reduce_scatter(self, partial: Tensor, rows: Sequence[int], parts: int) -> Tensor:
+        blocks = torch.split(partial, list(rows))
+        return self._summed(lambda pieces: [block[first:end] for block, (first, end) in zip(blocks, pieces, strict=True)], rows, parts)
 
     @abstractmethod
     def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
@@ -285,10 +278,12 @@ class ProcessGroup(Group):
             return Handle(_all_gather_single(output, block, group=self._group, async_op=True).wait)
         return super()._all_gather(output, block)  # gloo's own takes up to three times as long for large blocks
 
-    def _reduce_scatter(self, output: Tensor, partial: Tensor) -> bool:
-        if self._is_nccl:
-            _reduce_scatter_single(output, partial, group=self._group)
-        return self._is_nccl
+    def _reduce_scatter(self, partial: Tensor, rows: Sequence[int], parts: int) -> Tensor:
+        if not self._is_nccl or len(set(rows)) > 1:
+            return super()._reduce_scatter(partial, rows, parts)
+        output = partial.new_empty(rows[0], *partial.shape[1:])
+        _reduce_scatter_single(output, partial, group=self._group)
+        return output
 
     def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
         if self._is_nccl:
@@ -346,10 +341,10 @@ def stop_process_groups() -> None:
         dist.destroy_process_group()
 
 
-def _sum_arrived(output: Tensor, handle: Handle, received: Tensor, first: int) -> None:
-    """Put the sum of a piece that every rank has sent [ranks, rows, ...] where it belongs."""
+def _sum_arrived(handle: Handle, received: Tensor, output: Tensor) -> None:
+    """The sum of a piece that every rank has sent [ranks, rows, ...]."""
     handle.wait()
-    torch.sum(received, 0, out=output[first : first + received.shape[1]])
+    torch.sum(received, 0, out=output)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpbench import feed_forward, formulas, sharding
+from cpbench import feed_forward, formulas, sharding, transitions
 from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.communicator import Communicator, Partial
@@ -94,7 +94,8 @@ def test_a_rank_sees_its_tokens_summed_once_over_every_part(name, weights):
 def test_a_feed_forward_block_over_all_ranks_of_a_stage_gives_the_answer_of_one_device(monkeypatch, lengths, chunk):
     """The same rule with weights cut over dp, cp and tp, as experts are: gathered tokens, traffic and answer are right."""
     monkeypatch.setattr(DenseMLP, "axes", EXPERTS)
-    monkeypatch.setattr(feed_forward, "DENSE_MLP", EXPERTS)
+    for module in (feed_forward, transitions):
+        monkeypatch.setattr(module, "DENSE_MLP", EXPERTS)
     cell = Cell("prefill", PRESETS["qwen3-tiny"], 2, Layout(dp=2, cp=2, tp=2), "allgather", "zigzag", "auto", "float32", "cpu", lengths, chunk=chunk)
     kernel, world, one_device = load_kernel("cpu_flash"), LocalWorld(8, 60), OneDevice(CPU)
     answers = world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), kernel, CPU, Models()))[0]

@@ -1,4 +1,4 @@
-"""What `explain` lists, one by one, sums up to the formulas, and so to what is counted."""
+"""What `explain` lists, one by one, sums up to the traffic of a pass, which is held against what is counted on every layout elsewhere."""
 
 from dataclasses import replace
 
