@@ -62,11 +62,15 @@ def score_pairs(step: Cell, cp_rank: int) -> int:
 
 
 def selection_flops(step: Cell, cp_rank: int) -> int:
-    """Operations of scoring keys in one layer of a step: of the queries that see more than they may attend to. All heads on every rank."""
+    """Operations of scoring keys in one layer of a step: of the queries that see more than they may attend to."""
     indexer = step.config.indexer
-    if indexer is None:
-        return 0
-    return 2 * indexer.heads * indexer.dim * sum(block.scored_pairs(indexer.top_k) for block in _seen(step, cp_rank))
+    return 0 if indexer is None else scoring_flops(step, sum(block.scored_pairs(indexer.top_k) for block in _seen(step, cp_rank)))
+
+
+def scoring_flops(cell: Cell, pairs: int) -> int:
+    """Operations of scoring so many pairs of a query and a key: by all heads of the indexer, on every rank."""
+    indexer = cell.config.indexer
+    return 0 if indexer is None else 2 * indexer.heads * indexer.dim * pairs
 
 
 def selected_of(new: int, prefix: int, top_k: int) -> tuple[int, int]:
@@ -115,11 +119,11 @@ def moments(step: Cell, n: int, attend: int) -> int:
 
     Of attention alone, which has its queries beforehand, only what comes behind them.
     """
-    work = {name: workspace(step, n, matrix) for name, matrix in attention_matrices(step).items()}
     if step.shape.top_k:
-        return _selective_moments(step, n, work)
+        return _selective_moments(step, n)
     if step.target == "attention":
         return max(attend, n * step.shape.heads * _released(step) * step.element_bytes)
+    work = _workspaces(step, n)
     config, latent, size, shape = step.config, step.config.latent, step.element_bytes, step.shape
     q, row = n * shape.heads * shape.qk_dim * size, n * shape.row_values * size
     entering, leaving = _entering(step, n) * config.hidden * size, _leaving(step, n) * config.hidden * size
@@ -137,7 +141,12 @@ def moments(step: Cell, n: int, attend: int) -> int:
     return max(project, absorb, q + attend, out + leaving + work["o"])
 
 
-def _selective_moments(step: Cell, n: int, work: dict[str, int]) -> int:
+def _workspaces(step: Cell, n: int) -> dict[str, int]:
+    """What each projection of n rows needs beside its input and output."""
+    return {name: workspace(step, n, matrix) for name, matrix in attention_matrices(step).items()}
+
+
+def _selective_moments(step: Cell, n: int) -> int:
     """The same where keys are selected: the low-rank queries stay alive until those of the heads are made, the selection until it is used."""
     config, shape, size, indexer, latent = step.config, step.shape, step.element_bytes, step.config.indexer, step.config.latent
     assert indexer is not None and latent is not None
@@ -147,7 +156,7 @@ def _selective_moments(step: Cell, n: int, work: dict[str, int]) -> int:
     release = n * heads * (shape.v_dim + 2 * latent.v_dim) * size
     if step.target == "attention":
         return max(attend, n * heads * (shape.v_dim + latent.v_dim) * size)
-    entering, leaving = _entering(step, n) * config.hidden * size, _leaving(step, n) * config.hidden * size
+    work, entering, leaving = _workspaces(step, n), _entering(step, n) * config.hidden * size, _leaving(step, n) * config.hidden * size
     low_rank, q = n * (latent.q_rank or 0) * size, n * heads * shape.qk_dim * size
     index = n * indexer.heads * (indexer.dim * size + wide)
     plain = n * heads * config.head_dim * size

@@ -67,8 +67,8 @@ def _flops_of_part(cell: Cell, whole: Cell) -> int:
     config, layout = cell.config, cell.layout
     pairs, scored = _pairs_of_part(cell)
     copies, opened = layout.cp if cell.cp_off else 1, cell.tokens + sum(cell.prefixes)
-    scoring = 2 * scored * config.indexer.heads * config.indexer.dim if config.indexer else 0
-    attention = copies * (attention_block.score_flops(cell, pairs * cell.heads) + attention_block.opening_flops(cell, opened, cell.heads) + scoring)
+    attention = attention_block.score_flops(cell, pairs * cell.heads) + attention_block.scoring_flops(cell, scored)
+    attention = copies * (attention + attention_block.opening_flops(cell, opened, cell.heads))
     if cell.target == "attention":
         return attention * layout.tp
     held = layout.cp if cell.cp_off or cell.partition == "replicated" else 1
