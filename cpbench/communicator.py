@@ -10,7 +10,7 @@ states go from stage to stage in pipeline.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -19,32 +19,34 @@ from torch import Tensor
 
 from cpbench.distributed.collectives import Group
 from cpbench.distributed.mesh import Groups
+from cpbench.models.linear import Projection, Weight, linear
 from cpbench.models.router import Routing
 from cpbench.partition import cut
 from cpbench.sharding import Axes, Exchange, Gather, Spans, TokenRows, Unit, common_spans, exchange_over, spans_of, without
 
-Rows = Callable[[Tensor], tuple[Tensor, ...]]  # a function of rows, each by itself: tensors with as many rows
+Products = Sequence[Projection]
+Together = Callable[[Tensor, Products], tuple[Tensor, ...]]  # products of the rows of all ranks, while these come together
 
 
 class Incoming:
     """The normed input of a block on the rows that this rank holds. It is used once, so that nothing keeps it alive.
 
-    A block says what it does to each row first, and by what kind of weights; how the rows that it must see get together is decided here.
+    A block says which products of the rows it needs, and by what kind of weights; how the rows that it must see get together is decided here.
     """
 
-    def __init__(self, x_nM: Tensor, gather: Callable[[Tensor], Tensor], gathers_low: bool = False, pieces: Pieces | None = None) -> None:
+    def __init__(self, x_nM: Tensor, gather: Callable[[Tensor], Tensor], gathers_low: bool = False, together: Together | None = None) -> None:
         self._x_nM: Tensor | None = x_nM
-        self._gather, self._gathers_low, self._pieces = gather, gathers_low, pieces
+        self._gather, self._gathers_low, self._together = gather, gathers_low, together
 
-    def cut(self, apply: Rows) -> tuple[Tensor, ...]:
-        """`apply`, by weights that are cut over ranks, on all rows that the block must see."""
-        return self._pieces(self._take(), apply) if self._pieces else apply(self._gather(self._take()))
+    def cut(self, *products: Projection) -> tuple[Tensor, ...]:
+        """Products, by weights that are cut over ranks, of all rows that the block must see."""
+        return self._together(self._take(), products) if self._together else _products(self._gather(self._take()), products)
 
-    def whole(self, apply: Rows) -> tuple[Tensor, ...]:
-        """The same by weights that every rank has whole: rows may as well be gathered behind it, where they are narrower."""
+    def whole(self, *products: Projection) -> tuple[Tensor, ...]:
+        """The same by weights that every rank has whole: rows may as well be gathered behind them, where they are narrower."""
         if not self._gathers_low:
-            return self.cut(apply)
-        low = apply(self._take())
+            return self.cut(*products)
+        low = _products(self._take(), products)
         widths = [part.shape[1] for part in low]
         return tuple(self._gather(torch.cat(low, 1)).split_with_sizes(widths, 1))
 
@@ -55,16 +57,13 @@ class Incoming:
         return x_nM
 
 
-Pieces = Callable[[Tensor, Rows], tuple[Tensor, ...]]
-
-
 class Partial:
     """What a block computed with its part of the weights, which are cut over the axes `weights`: to be summed over them, here and once.
 
-    `last` is the last product of the block, which is still to do on the rows.
+    `last` is the weight of the last product of the block, which is still to do on the rows.
     """
 
-    def __init__(self, rows_nX: Tensor, weights: Axes, last: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, rows_nX: Tensor, weights: Axes, last: Weight | None = None) -> None:
         self._rows_nX: Tensor | None = rows_nX
         self.weights, self.last = weights, last
 
@@ -77,7 +76,17 @@ class Partial:
 
     def values(self) -> Tensor:
         """The partial sums [n, M]."""
-        return self.take() if self.last is None else self.last(self.take())
+        return self.take() if self.last is None else linear(self.take(), self.last)
+
+
+def _products(x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
+    return tuple(product(x_nM) for product in products)
+
+
+def _not_quantised(weight: Weight) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError("products are fused with gathers and sums for weights that are not quantised")
+    return weight
 
 
 @dataclass(frozen=True)
@@ -111,13 +120,20 @@ class Communicator:
 
     `unit` and `routing` are for models with experts: the ranks that see the same tokens there, and what their routers need. With `chunks`, rows
     that are cut over tensor-parallel ranks come together, and are summed, in so many pieces, each while another is computed; with `gathers_low`
-    they come together behind projections that every rank has whole.
+    they come together behind projections that every rank has whole; with `fused` inside of the products themselves.
     """
 
     def __init__(
-        self, groups: Groups, rows: TokenRows, unit: Unit | None = None, routing: Routing | None = None, chunks: int = 1, gathers_low: bool = False
+        self,
+        groups: Groups,
+        rows: TokenRows,
+        unit: Unit | None = None,
+        routing: Routing | None = None,
+        chunks: int = 1,
+        gathers_low: bool = False,
+        fused: bool = False,
     ) -> None:
-        self._groups, self._rows, self._chunks, self._gathers_low = groups, rows, chunks, gathers_low
+        self._groups, self._rows, self._chunks, self._gathers_low, self._fused = groups, rows, chunks, gathers_low, fused
         self._tp, self._cp = groups.tp, groups.cp
         self._unit, self.routing = unit, routing
         self._plans: dict[Spans, Exchange] = {}
@@ -125,30 +141,38 @@ class Communicator:
     def incoming(self, x_nM: Tensor, weights: Axes) -> Incoming:
         """The input of a block whose weights are cut over the axes `weights`: its rows, and those of other ranks where an axis cuts both."""
         spans = spans_of(self._groups.layout, weights)
-        sequence_parallel, gather = self._rows.tp > 1, self._in_pieces(spans)
-        pieces = partial(self._piecewise, gather) if gather else None
-        return Incoming(x_nM, partial(self._gathered, spans=spans), self._gathers_low and sequence_parallel, pieces)
+        together: Together | None = None
+        if gather := self._overlapped(spans):
+            together = self._inside_products if self._fused else partial(self._piecewise, gather)
+        return Incoming(x_nM, partial(self._gathered, spans=spans), self._gathers_low and self._rows.tp > 1, together)
 
     def complete(self, partial: Partial) -> Tensor:
         """Sum the partial results of a block over the axes that cut its weights. Returns this rank's rows; in place where nothing was gathered."""
         if not isinstance(partial, Partial):
             raise TypeError(f"a {type(partial).__name__} is complete already: only partial sums are summed")
         spans = spans_of(self._groups.layout, partial.weights)
-        gather = self._in_pieces(spans)
+        gather = self._overlapped(spans)
         if gather and partial.last is not None:
-            return self._tp.reduce_scatter_pieces(partial.take(), partial.last, gather.rows, self._chunks)
+            if self._fused:
+                return self._tp.product_scatter(partial.take(), _not_quantised(partial.last))
+            return self._tp.reduce_scatter_pieces(partial.take(), Projection(partial.last), gather.rows, self._chunks)
         return self._sum(self._scattered(partial.values(), spans), self._exchange(spans).sums)
 
-    def _in_pieces(self, spans: Spans) -> Gather | None:
-        """The only gather before a block, where it is one over tp and goes in pieces."""
+    def _overlapped(self, spans: Spans) -> Gather | None:
+        """The only gather before a block, where it is one over tp and is overlapped with products; their sum is scattered the same way."""
         gathers = self._exchange(spans).gathers
-        return gathers[0] if self._chunks > 1 and [gather.axis for gather in gathers] == ["tp"] else None
+        return gathers[0] if (self._chunks > 1 or self._fused) and [gather.axis for gather in gathers] == ["tp"] else None
 
-    def _piecewise(self, gather: Gather, x_nM: Tensor, apply: Rows) -> tuple[Tensor, ...]:
-        """`apply` to the rows of all ranks, a piece at a time while the next one is on its way."""
+    def _inside_products(self, x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
+        """Products of the rows of all ranks, each rank's while those of the next one come."""
+        outs = self._tp.gather_products(x_nM, [_not_quantised(product.weight) for product in products])
+        return tuple(product.behind(out) for product, out in zip(products, outs, strict=True))
+
+    def _piecewise(self, gather: Gather, x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
+        """Products of the rows of all ranks, a piece at a time while the next one is on its way."""
         results: tuple[Tensor, ...] = ()
         for rows_pM, places in self._tp.all_gather_pieces(x_nM, gather.rows, self._chunks):
-            parts = apply(rows_pM)
+            parts = _products(rows_pM, products)
             results = results or tuple(part.new_empty(sum(gather.rows), part.shape[1]) for part in parts)
             for whole, part in zip(results, parts, strict=True):
                 for here, there in places:

@@ -33,6 +33,8 @@ def layout_reason(cell: Cell) -> str | None:
         return f"sp cuts rows between blocks, and attention alone has none; the nearest valid layout is {replace(layout, sp=False)}"
     if cell.sp_gather == "latent" and (config.latent is None or config.latent.q_rank is None):
         return f"{config.name} has no low-rank projections to gather rows behind; the nearest valid value is sp_gather=hidden"
+    if cell.sp_fused and (what := _fused_reason(cell)):
+        return f"sp_fused {what}; the nearest valid value is sp_fused=false"
     if cell.dispatch == ALLTOALL and cell.has_experts and layout.ep == 1:
         return "dispatch=alltoall sends rows to experts on other ranks, and ep=1 has none; the nearest valid value is dispatch=gather"
     what = undivided(config, cell.target, layout.dp, layout.tp) or (experts_undivided(config, layout, cell.dispatch) if cell.has_experts else None)
@@ -43,6 +45,21 @@ def layout_reason(cell: Cell) -> str | None:
         new = "new token" if tokens == 1 else "new tokens"
         what = f"cp={layout.cp} is above the {tokens} {new} of {'the batch' if layout.dp == 1 else 'an attention-DP group'}"
     return what and f"{what}; the nearest valid layout is {_nearest(cell)}"
+
+
+def _fused_reason(cell: Cell) -> str | None:
+    """Why gathers and scattered sums cannot be fused with products; None if they can."""
+    if cell.device != "cuda":
+        return f"needs CUDA, which {cell.device} is not"
+    if cell.quant != "none":
+        return f"is for weights that are not quantised, not for quant={cell.quant}"
+    if cell.sp_chunks > 1 or cell.sp_gather == "latent":
+        return f"gathers hidden states, a rank's at a time: not with {f'sp_chunks={cell.sp_chunks}' if cell.sp_chunks > 1 else 'sp_gather=latent'}"
+    tp = cell.layout.tp
+    for rows in (count for step in cell.token_rows for group in step.rows for count in group):
+        if not rows or rows % tp:
+            return f"needs equally many rows on each of the {tp} ranks of tp, and {rows:,} do not divide"
+    return None
 
 
 def strategy_reason(cell: Cell) -> str | None:

@@ -147,8 +147,8 @@ class Program:
         cp_rank, first, kept, steps = self.place.cp, 0, 0, []
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
-            chunks, gathers_low = self.cell.sp_chunks, self.cell.sp_gather == "latent"
-            communicator = Communicator(self.groups, rows, *self._to_experts(index), chunks=chunks, gathers_low=gathers_low)
+            cell, experts = self.cell, self._to_experts(index)
+            communicator = Communicator(self.groups, rows, *experts, cell.sp_chunks, cell.sp_gather == "latent", cell.sp_fused)
             if index >= len(self.part.steps):  # other groups have tokens left
                 steps.append(Step(row_index([], self.device), slice(first, first), slice(kept, kept), {}, None, communicator))
                 continue

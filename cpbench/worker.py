@@ -135,7 +135,7 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
         "oversubscribed": job.data["oversubscribed"],
         "warnings": _warnings(cell),
     }
-    if reason := refusal(device.torch_device, cell.quant):
+    if reason := refusal(device.torch_device, cell.quant) or (groups.tp.products_refusal() if cell.sp_fused else None):
         return {**record, "status": "unsupported", "reason": reason}
     if verify:
         verdict = check(cell, groups, kernel, device.torch_device, job.models)

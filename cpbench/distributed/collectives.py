@@ -6,9 +6,11 @@ local.py. Every call is recorded (axis, operation, wire bytes received). What is
 
 from __future__ import annotations
 
+import importlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -157,6 +159,24 @@ class Group(ABC):
             coming[0].wait()
             yield coming[1], coming[2]
 
+    def gather_products(self, block: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """x W^T for each weight [N, K], where x [size * n, K] are the equal blocks [n, K] of all ranks, in rank order.
+
+        On NCCL the block of one rank is multiplied while that of the next is on its way (PyTorch's symmetric memory).
+        """
+        self._record("all_gather", _bytes(block) * (self.size - 1))
+        return self._gather_products(block, weights)
+
+    def product_scatter(self, rows_nK: Tensor, weight_NK: Tensor) -> Tensor:
+        """x W^T summed over the ranks, of which each keeps an equal share [n / size, N]; a share is computed while the one before is on its way."""
+        output = self._product_scatter(rows_nK, weight_NK)
+        self._record("reduce_scatter", _bytes(output) * (self.size - 1))
+        return output
+
+    def products_refusal(self) -> str | None:
+        """Why these two cannot be called here; None if they can."""
+        return None
+
     def _gather_blocks(self, pieces: Sequence[Tensor], block: Tensor) -> Handle:
         """Every rank's block into its piece."""
         return self._exchange(pieces, [block] * self.size)
@@ -228,6 +248,14 @@ class Group(ABC):
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> None: ...
 
+    def _gather_products(self, block: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        rows = block.new_empty(self.size * len(block), block.shape[1])
+        self._all_gather(rows, block).wait()
+        return [rows @ weight.T for weight in weights]
+
+    def _product_scatter(self, rows_nK: Tensor, weight_NK: Tensor) -> Tensor:
+        return self._reduce_scatter(rows_nK @ weight_NK.T, [len(rows_nK) // self.size] * self.size, 1)
+
     def _reduce_scatter(self, partial: Tensor, rows: Sequence[int], parts: int) -> Tensor:
         blocks = torch.split(partial, list(rows))
         return self._summed(lambda pieces: [block[first:end] for block, (first, end) in zip(blocks, pieces, strict=True)], rows, parts)
@@ -290,6 +318,37 @@ class ProcessGroup(Group):
             return Handle(dist.all_to_all_single(output, block, output_rows, block_rows, group=self._group, async_op=True).wait)
         return super()._all_to_all(output, block, output_rows, block_rows)  # a thread of gloo's own keeps what was sent alive after wait() has returned
 
+    def products_refusal(self) -> str | None:
+        if not self._is_nccl:
+            return None
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        if not hasattr(_fused(), "fused_all_gather_matmul"):
+            return f"PyTorch {torch.__version__} has no products that are fused with collectives; the nearest valid value is sp_fused=false"
+        devices = [rank % node for rank in self.ranks]
+        reach = all(a == b or torch.cuda.can_device_access_peer(a, b) for a in devices for b in devices)
+        if reach and len({rank // node for rank in self.ranks}) == 1:
+            return None
+        return f"the GPUs of {self.axis} cannot read each other's memory, which fused products do; the nearest valid value is sp_fused=false"
+
+    def _gather_products(self, block: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        if not self._is_nccl:
+            return super()._gather_products(block, weights)
+        _, outputs = _fused().fused_all_gather_matmul(block, [weight.t() for weight in weights], 0, self._name, return_A=False)
+        return list(outputs)
+
+    def _product_scatter(self, rows_nK: Tensor, weight_NK: Tensor) -> Tensor:
+        if not self._is_nccl:
+            return super()._product_scatter(rows_nK, weight_NK)
+        output: Tensor = _fused().fused_matmul_reduce_scatter(rows_nK, weight_NK.t(), "sum", 0, self._name)
+        return output
+
+    @property
+    def _name(self) -> str:
+        """What operators of PyTorch know the process group by."""
+        group = self.process_group
+        assert group is not None, "a group of several ranks"
+        return str(group.group_name)
+
     def _all_reduce(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=self._group)
 
@@ -314,6 +373,13 @@ def backend_available(kind: str) -> bool:
 def start_process_groups(device: torch.device) -> None:
     """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else."""
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+
+
+def _fused() -> Any:
+    """PyTorch's operators over symmetric memory, which importing the module registers."""
+    with suppress(ImportError):
+        importlib.import_module("torch.distributed._symmetric_memory")
+    return torch.ops.symm_mem
 
 
 def _work(work: dist.Work | None) -> Handle:

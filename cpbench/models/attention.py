@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import ModelConfig
-from cpbench.models.linear import linear
+from cpbench.models.linear import Projection
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate
 from cpbench.models.weights import Weights
@@ -65,11 +65,11 @@ class GroupedQueryAttention:
         q_nHD, rows_nW = self._project(x, cos, sin, attention, layer)
         out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
         del q_nHD
-        return Partial(out_nHD.flatten(1), self.axes, lambda rows_nX: linear(rows_nX, self.o_weight))
+        return Partial(out_nHD.flatten(1), self.axes, self.o_weight)
 
     def _project(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
         """Rotated queries [n, H, D], and rotated K next to V in the rows that travel [n, 2 * G * D]."""
-        (qkv,) = x.cut(lambda rows_nM: (linear(rows_nM, self.qkv_weight, self.qkv_bias),))
+        (qkv,) = x.cut(Projection(self.qkv_weight, self.qkv_bias))
         dim, n = self.config.head_dim, qkv.shape[0]
         q, k, v = qkv.unflatten(1, (-1, dim)).split([self.heads, self.kv_heads, self.kv_heads], 1)
         rows_nW = attention.rows(layer, (n, 2 * self.kv_heads * dim), qkv)

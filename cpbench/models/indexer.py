@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.models.config import ModelConfig
+from cpbench.models.linear import Projection
 from cpbench.models.rope import rotate
 from cpbench.models.weights import Weights
 
@@ -33,9 +34,10 @@ class LightningIndexer:
         self.k_bias = weights.bias(f"{prefix}.k_norm.bias", self.dim)
         self.gate_weight = weights.linear(f"{prefix}.weights_proj.weight", (self.heads, config.hidden))
 
-    def project(self, x_nM: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def projections(self) -> tuple[Projection, Projection]:
         """Of the normed input: keys [n, D] that are not normed yet, and gates [n, H] that are not scaled."""
-        return F.linear(x_nM, self.k_weight), F.linear(x_nM, self.gate_weight)
+        return Projection(self.k_weight), Projection(self.gate_weight)
 
     def queries(self, c_q_nR: Tensor, gates_nH: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries [n, H, D] of the normed low-rank queries, and gates [n, H] of the heads in fp32 (fp64 for fp64).

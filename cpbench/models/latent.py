@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import LatentAttention, ModelConfig
-from cpbench.models.linear import linear
+from cpbench.models.linear import Projection, linear
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate_neighbours
 from cpbench.models.weights import Weights
@@ -52,9 +52,9 @@ class MultiHeadLatentAttention:
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
         if self.sizes.q_rank is None:
-            q_nhD, latent_nW = x.cut(lambda rows_nM: (linear(rows_nM, self.q_weight), self._latent(rows_nM)))
+            q_nhD, latent_nW = x.cut(Projection(self.q_weight), self._latent)
         else:
-            c_q_nR, latent_nW = x.whole(lambda rows_nM: (self._low_rank(rows_nM), self._latent(rows_nM)))
+            c_q_nR, latent_nW = x.whole(self._low_rank, self._latent)
         rows_nW = attention.rows(layer, (latent_nW.shape[0], latent_nW.shape[1]), latent_nW)
         self._place(latent_nW, cos, sin, rows_nW)
         del latent_nW
@@ -71,11 +71,12 @@ class MultiHeadLatentAttention:
         return self._partial(out_nhE)
 
     def _partial(self, out_nhE: Tensor) -> Partial:
-        return Partial(out_nhE.flatten(1), self.axes, lambda rows_nX: linear(rows_nX, self.o_weight))
+        return Partial(out_nhE.flatten(1), self.axes, self.o_weight)
 
-    def _low_rank(self, x_nM: Tensor) -> Tensor:
+    @property
+    def _low_rank(self) -> Projection:
         """What queries of all heads are made from, normed: [n, q_rank]."""
-        return rms_norm(linear(x_nM, self.q_a_weight), self.q_a_norm, self.eps)
+        return Projection(self.q_a_weight, then=lambda q_nR: rms_norm(q_nR, self.q_a_norm, self.eps))
 
     def _heads(self, q_nX: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Projected queries as heads [n, h, N + P], the last P values rotated in place."""
@@ -84,9 +85,13 @@ class MultiHeadLatentAttention:
         rotate_neighbours(part.clone(), cos, sin, part)
         return q_nhD
 
-    def _latent(self, x_nM: Tensor) -> Tensor:
+    @property
+    def _latent(self) -> Projection:
         """The normed latent and the key part that is not rotated yet: [n, R + P]."""
-        latent_nW = linear(x_nM, self.kv_a_weight)
+        return Projection(self.kv_a_weight, then=self._normed)
+
+    def _normed(self, latent_nW: Tensor) -> Tensor:
+        """In place."""
         normed = latent_nW[:, : self.sizes.kv_rank]
         normed.copy_(rms_norm(normed, self.kv_a_norm, self.eps))
         return latent_nW

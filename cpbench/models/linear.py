@@ -9,6 +9,7 @@ weights are held in one byte per value there too. Which layers are quantised is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,25 @@ class QuantisedWeight:
 
 
 Weight = Tensor | QuantisedWeight
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer of rows [n, K], and what is done to each row of its output by itself: values [n, N'] of rows."""
+
+    weight: Weight
+    bias_N: Tensor | None = None
+    then: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, x_nK: Tensor) -> Tensor:
+        return self._finished(linear(x_nK, self.weight, self.bias_N))
+
+    def behind(self, product_nN: Tensor) -> Tensor:
+        """The same of rows by the weight alone, which are overwritten."""
+        return self._finished(product_nN if self.bias_N is None else product_nN.add_(self.bias_N))
+
+    def _finished(self, out_nN: Tensor) -> Tensor:
+        return out_nN if self.then is None else self.then(out_nN)
 
 
 def hold(weight_NK: Tensor, quant: str) -> Weight:

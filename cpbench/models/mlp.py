@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator, Incoming, Partial
 from cpbench.models.config import ModelConfig
-from cpbench.models.linear import Weight, linear
+from cpbench.models.linear import Projection, Weight, linear
 from cpbench.models.weights import Weights
 from cpbench.sharding import DENSE_MLP, Shard
 
@@ -34,8 +34,8 @@ class DenseMLP:
 
     def partial(self, x: Incoming) -> Partial:
         """Partial sums of the block's output."""
-        (gated_nI,) = x.cut(lambda rows_nM: (gated(linear(rows_nM, self.gate_up_weight)),))
-        return Partial(gated_nI, self.axes, lambda rows_nI: linear(rows_nI, self.down_weight))
+        (gated_nI,) = x.cut(Projection(self.gate_up_weight, then=gated))
+        return Partial(gated_nI, self.axes, self.down_weight)
 
 
 def gated(gate_up_nI: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
         assert isinstance(attention, SelectiveAttention), "keys of a sparse model are selected"
-        c_q_nR, latent_nW, k_nD, gates_nH = x.whole(lambda rows_nM: (self._low_rank(rows_nM), self._latent(rows_nM), *self.indexer.project(rows_nM)))
+        c_q_nR, latent_nW, k_nD, gates_nH = x.whole(self._low_rank, self._latent, *self.indexer.projections)
         width = self.sizes.row_values
         rows_nW = attention.rows(layer, (latent_nW.shape[0], width + self.indexer.dim), latent_nW)
         self._place(latent_nW, cos, sin, rows_nW[:, :width])

@@ -20,7 +20,7 @@ from cpbench.records import TIME_METRIC
 from cpbench.results import CellResult, Metric
 
 HEAD_GROUPS = "head_groups"
-OWN = (HEAD_GROUPS, "sp_chunks", "sp_gather")  # options that only one strategy or some layouts have, so that they do not part a table
+OWN = (HEAD_GROUPS, "sp_chunks", "sp_gather", "sp_fused")  # options that only one strategy or some layouts have, so that they do not part a table
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def _layout(cell: CellResult) -> str:
     """`tp4sp`; `tp4sp latent` where rows are gathered behind low-rank projections, `tp4sp x4` where they travel in four pieces."""
     options = cell.key.get("options")
     found = options if isinstance(options, dict) else {}
-    pieces, latent = found.get("sp_chunks"), found.get("sp_gather") == "latent"
-    return f"{cell.key.get('layout', '?')}" + (f" x{pieces}" if pieces else "") + (" latent" if latent else "")
+    pieces, latent, fused = found.get("sp_chunks"), found.get("sp_gather") == "latent", found.get("sp_fused")
+    return f"{cell.key.get('layout', '?')}" + (f" x{pieces}" if pieces else "") + (" latent" if latent else "") + (" fused" if fused else "")
 
 
 def _rows(cells: Sequence[CellResult], cores: int | None) -> list[Row]:

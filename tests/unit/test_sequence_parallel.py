@@ -11,6 +11,7 @@ from cpbench.communicator import Communicator, Partial
 from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.errors import CpbenchError
+from cpbench.fitting import layout_reason
 from cpbench.formulas import held_rows, new_rows, traffic
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout, all_layouts
@@ -139,9 +140,9 @@ def test_partial_sums_cannot_be_added_before_they_are_completed_nor_completed_tw
 
 def test_the_input_of_a_block_is_used_once():
     x = one_rank().incoming(torch.ones(4, 2), ATTENTION)
-    x.cut(lambda rows: (rows,))
+    x.cut(lambda rows: rows)
     with pytest.raises(TypeError, match="used once"):
-        x.whole(lambda rows: (rows,))
+        x.whole(lambda rows: rows)
 
 
 @pytest.mark.parametrize("options", [{"sp_chunks": 3}, {"sp_gather": "latent"}, {"sp_chunks": 4, "lengths": (9, 5)}])
@@ -155,6 +156,35 @@ def test_rows_in_pieces_and_behind_low_rank_projections(model, name, options):
     check = check_of(cell)
     assert check.passed, check.reason
     assert traffic(replace(cell, sp_chunks=1), 0) == traffic(cell, 0)
+
+
+@pytest.mark.parametrize("name", ["tp2sp", "tp4sp", "cp2tp2sp", "dp2tp2sp"])
+@pytest.mark.parametrize("model", ["qwen3-tiny", "deepseek-v3-tiny", "qwen3-moe-tiny"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_that_come_together_inside_products(model, name, bias):
+    """The plan, by products that a group of threads makes; PyTorch's own operators are called in tests/dist/test_fused.py."""
+    config = replace(PRESETS[model], qkv_bias=bias)
+    cell = replace(make(name, model, lengths=(64, 32)), config=config, sp_fused=True)
+    check = judge(answers_of(cell), KERNEL, ONE_DEVICE)
+    assert check.passed, check.reason
+    assert traffic(replace(cell, sp_fused=False), 0) == traffic(cell, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"device": "cpu"}, "needs CUDA"),
+        ({"quant": "fp8", "dtype": "bfloat16"}, "quant=fp8"),
+        ({"sp_chunks": 4}, "sp_chunks=4"),
+        ({"sp_gather": "latent"}, "sp_gather=latent"),
+        ({"lengths": (4095,)}, "4,095 do not divide"),
+    ],
+)
+def test_why_products_cannot_be_fused(options, what):
+    cell = replace(make("tp2sp", "deepseek-v3-tiny", lengths=(4096,)), device="cuda", sp_fused=True)
+    assert layout_reason(cell) is None
+    reason = layout_reason(replace(cell, **options))
+    assert what in reason and reason.endswith("; the nearest valid value is sp_fused=false")
 
 
 def test_low_rank_rows_are_three_tenths_of_hidden_states():

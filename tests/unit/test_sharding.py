@@ -16,6 +16,7 @@ from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import AXES, Layout
 from cpbench.models.held import Models
+from cpbench.models.linear import Projection
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.presets import PRESETS
 from cpbench.numerics import judge
@@ -81,7 +82,7 @@ def test_a_rank_sees_its_tokens_summed_once_over_every_part(name, weights):
         mine = torch.arange(first + held.start, first + held.stop, dtype=torch.float64)[:, None]
         communicator = Communicator(local_groups(layout, world, rank), rows)
         part = shard_of(layout, place, weights)
-        (seen,) = communicator.incoming(mine.clone(), weights).cut(lambda rows: (rows,))
+        (seen,) = communicator.incoming(mine.clone(), weights).cut(Projection(torch.eye(1, dtype=torch.float64)))
         return mine, communicator.complete(Partial(seen * (part.rank + 1), weights)), part.size, seen
 
     for mine, out, size, seen in world.run(program):
