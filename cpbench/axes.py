@@ -75,6 +75,7 @@ def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None
                 sp_chunks=scenario.sp_chunks if layout.sp else 1,
                 sp_gather=scenario.sp_gather if layout.sp else "hidden",
                 sp_fused=scenario.sp_fused and layout.sp,
+                deterministic=scenario.deterministic,
                 mla=scenario.mla if config.latent and config.indexer is None else "expanded",
                 weights=weights,
                 prompt=prompt,

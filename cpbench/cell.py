@@ -36,7 +36,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "weights": None,
     "prompt": None,
 }
-DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None, "quant": "none", "sp_chunks": 1, "sp_gather": "hidden", "sp_fused": False}
+DEFAULT_OPTIONS |= {"router": TRAINED, "dispatch": None, "quant": "none", "sp_chunks": 1, "sp_gather": "hidden", "sp_fused": False, "deterministic": False}
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Cell:
     sp_chunks: int = 1  # with sp in the layout: pieces in which rows are gathered and scattered
     sp_gather: str = "hidden"  # where rows come together: in front of a block, or behind its low-rank projections (`latent`)
     sp_fused: bool = False  # gathers and scattered sums inside the products next to them, by PyTorch's symmetric memory
+    deterministic: bool = False  # deterministic.py: sums and products in an order that no layout changes
     earlier: tuple[tuple[int, ...], ...] = ()  # of a step: the lengths of the chunks before it; never part of a planned cell
 
     def __post_init__(self) -> None:

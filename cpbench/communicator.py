@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from cpbench.distributed.collectives import Group
+from cpbench.distributed.deterministic import tree_all_reduce, tree_reduce_scatter
 from cpbench.distributed.mesh import Groups
-from cpbench.models.linear import Projection, Weight, linear
+from cpbench.models.linear import Projection, Weight, linear, plain
 from cpbench.models.router import Routing
 from cpbench.partition import cut
 from cpbench.sharding import Axes, Exchange, Gather, Spans, TokenRows, Unit, common_spans, exchange_over, spans_of, without
@@ -83,12 +84,6 @@ def _products(x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
     return tuple(product(x_nM) for product in products)
 
 
-def _not_quantised(weight: Weight) -> Tensor:
-    if not isinstance(weight, Tensor):
-        raise TypeError("products are fused with gathers and sums for weights that are not quantised")
-    return weight
-
-
 @dataclass(frozen=True)
 class Dispatch:
     """How the rows of a step travel between the units of expert-parallel ranks, here sent in the order of their experts.
@@ -120,7 +115,7 @@ class Communicator:
 
     `unit` and `routing` are for models with experts: the ranks that see the same tokens there, and what their routers need. With `chunks`, rows
     that are cut over tensor-parallel ranks come together, and are summed, in so many pieces, each while another is computed; with `gathers_low`
-    they come together behind projections that every rank has whole; with `fused` inside of the products themselves.
+    they come together behind projections that every rank has whole; with `fused` inside of the products themselves. `deterministic`: sums go in a tree.
     """
 
     def __init__(
@@ -132,8 +127,10 @@ class Communicator:
         chunks: int = 1,
         gathers_low: bool = False,
         fused: bool = False,
+        deterministic: bool = False,
     ) -> None:
         self._groups, self._rows, self._chunks, self._gathers_low, self._fused = groups, rows, chunks, gathers_low, fused
+        self.deterministic = deterministic
         self._tp, self._cp = groups.tp, groups.cp
         self._unit, self.routing = unit, routing
         self._plans: dict[Spans, Exchange] = {}
@@ -154,7 +151,7 @@ class Communicator:
         gather = self._overlapped(spans)
         if gather and partial.last is not None:
             if self._fused:
-                return self._tp.product_scatter(partial.take(), _not_quantised(partial.last))
+                return self._tp.product_scatter(partial.take(), plain(partial.last))
             return self._tp.reduce_scatter_pieces(partial.take(), Projection(partial.last), gather.rows, self._chunks)
         return self._sum(self._scattered(partial.values(), spans), self._exchange(spans).sums)
 
@@ -165,7 +162,7 @@ class Communicator:
 
     def _inside_products(self, x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
         """Products of the rows of all ranks, each rank's while those of the next one come."""
-        outs = self._tp.gather_products(x_nM, [_not_quantised(product.weight) for product in products])
+        outs = self._tp.gather_products(x_nM, [plain(product.weight) for product in products])
         return tuple(product.behind(out) for product, out in zip(products, outs, strict=True))
 
     def _piecewise(self, gather: Gather, x_nM: Tensor, products: Products) -> tuple[Tensor, ...]:
@@ -199,9 +196,13 @@ class Communicator:
         return Incoming(x_nM, partial(self._gathered, spans=without(spans_of(self._groups.layout, weights), self._common)))
 
     def scatter_shared(self, partial: Partial) -> Tensor:
-        """As `complete` of what shared experts computed, without the last sum, over tp, which `combine_unit` does for all experts together."""
+        """As `complete` of what shared experts computed, without the last sum, over tp, which `combine_unit` does for all experts together.
+
+        In a tree, in which routed experts have no place, it is done here.
+        """
         spans = without(spans_of(self._groups.layout, partial.weights), self._common)
-        return self._sum(self._scattered(partial.values(), spans), [span for span in self._exchange(spans).sums if span[0] != "tp"])
+        sums = self._exchange(spans).sums
+        return self._sum(self._scattered(partial.values(), spans), sums if self.deterministic else [span for span in sums if span[0] != "tp"])
 
     def gather_unit(self, x_nM: Tensor) -> Tensor:
         """The rows that the experts of this rank's unit are asked for: those that its ranks must see together, or a share of its own."""
@@ -218,11 +219,11 @@ class Communicator:
         unit, spans = self.unit, without(self.unit.spans, self._common)
         sums = self._exchange(spans).sums
         partial_uM = self._sum(self._scattered(partial_uM, spans), [span for span in sums if span[0] != "tp"])
-        if unit.share.size > 1 and unit.ranks == 1 and shared_nM is None:
+        if unit.share.size > 1 and unit.ranks == 1 and (shared_nM is None or self.deterministic):
             out_nM = partial_uM.new_empty(rows, partial_uM.shape[1])
             if rows:
                 self._tp.all_gather_rows(out_nM, partial_uM.contiguous(), [last - first for first, last in cut(rows, self._tp.size)]).wait()
-            return out_nM
+            return out_nM if shared_nM is None else shared_nM.add_(out_nM)
         if unit.share.size > 1:
             mine = unit.rows(rows)
             out_nM = partial_uM.new_zeros(rows, partial_uM.shape[1]) if shared_nM is None else shared_nM
@@ -252,13 +253,17 @@ class Communicator:
         """The way back of what was gathered."""
         for step in reversed(self._exchange(spans).gathers):
             group = self._groups.along(step.axis, len(step.rows))
-            partial_nM = group.reduce_scatter_rows(partial_nM, step.rows)
+            partial_nM = tree_reduce_scatter(group, partial_nM, step.rows) if self.deterministic else group.reduce_scatter_rows(partial_nM, step.rows)
         return partial_nM
 
     def _sum(self, partial_nM: Tensor, sums: Iterable[tuple[str, int]]) -> Tensor:
         """In place. Ranks that a sum is over have the same rows, so without rows none of them calls."""
         for axis, size in sums if len(partial_nM) else ():
-            self._groups.along(axis, size).all_reduce(partial_nM)
+            group = self._groups.along(axis, size)
+            if self.deterministic:
+                tree_all_reduce(group, partial_nM)
+            else:
+                group.all_reduce(partial_nM)
         return partial_nM
 
     def _exchange(self, spans: Spans) -> Exchange:

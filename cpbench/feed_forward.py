@@ -99,7 +99,7 @@ def _routed_bytes(cell: Cell, step: TokenRows, place: Coordinates, unit: Unit, p
     together = pairs if grouped else -(-pairs // here)  # rows that go through a GEMM at once
     compute = index + pairs * row + together * (2 * columns * size + row) + workspace(cell, together, *expert_matrices(cell))
     moved = index + max(asked + pairs, 2 * pairs) * row if unit.alltoall else 0
-    summed = index + (asked if unit.alltoall else pairs) * row + rows * hidden * wide + rows * row
+    summed = index + (asked if unit.alltoall else pairs) * row * (3 if cell.deterministic else 1) + rows * hidden * wide + rows * row
     return rows * row + max(route, choose, compute, moved, summed)
 
 
@@ -136,6 +136,8 @@ def _around(cell: Cell, step: TokenRows, place: Coordinates, spans: Spans) -> li
         moments.append((before + sum(gather.rows)) * row)  # normed rows, and those gathered
         moments.append((sum(gather.rows) + before) * row + summing_bytes(gather.rows, row, before))  # partial sums, their sum, what is received
         before = sum(gather.rows)
+    if cell.deterministic:
+        moments += [2 * before * row + ceil(before / size) * row for _, size in exchange_over(place, step, spans).sums]  # what is sent, and received
     return moments
 
 

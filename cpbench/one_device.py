@@ -91,7 +91,7 @@ class OneDevice:
 def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
     """The cell without context parallelism, and without what changes where K and V lie but no value."""
     plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, mla="expanded", dispatch=None)
-    plain = replace(plain, sp_chunks=1, sp_gather="hidden", sp_fused=False)
+    plain = replace(plain, sp_chunks=1, sp_gather="hidden", sp_fused=False, deterministic=False)
     return replace(plain, layout=layout, strategy="none", partition="contiguous", dtype=dtype)
 
 

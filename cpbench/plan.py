@@ -18,6 +18,7 @@ from cpbench.axes import BASELINE, GROUPED, LeftOut, cells_of, left_out, runs_as
 from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.defaults import model_of
+from cpbench.deterministic import deterministic_reason
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.fitting import layout_reason, strategy_reason
@@ -156,7 +157,7 @@ def only_cell(scenario: Scenario) -> Cell:
 
 def unsupported(cell: Cell) -> str | None:
     """Why a cell can run on no machine, with the nearest valid value; None if it can."""
-    return layout_reason(cell) or quant_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or _memory_reason(cell)
+    return layout_reason(cell) or quant_reason(cell) or strategy_reason(cell) or _kernel_reason(cell) or deterministic_reason(cell) or _memory_reason(cell)
 
 
 def _kernel_reason(cell: Cell) -> str | None:

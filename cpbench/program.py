@@ -86,7 +86,7 @@ class Program:
         self.place = groups.place
         self.part = cell.parts[self.place.dp].cell
         self.dtype: torch.dtype = getattr(torch, cell.dtype)
-        self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to, cell.quant)
+        self.weights = RandomWeights(cell.seed, self.dtype, device, rounded_to, cell.quant, cell.deterministic)
         self.slice = Slice.of(cell, groups.rank)
         self.heads = HeadSlice.of(cell.config, self.slice.attention)
         self.buffers, self.scale = Buffers(), softmax_scale(cell.config.head_dim, cell.config.yarn)
@@ -148,7 +148,7 @@ class Program:
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
             cell, experts = self.cell, self._to_experts(index)
-            communicator = Communicator(self.groups, rows, *experts, cell.sp_chunks, cell.sp_gather == "latent", cell.sp_fused)
+            communicator = Communicator(self.groups, rows, *experts, cell.sp_chunks, cell.sp_gather == "latent", cell.sp_fused, cell.deterministic)
             if index >= len(self.part.steps):  # other groups have tokens left
                 steps.append(Step(row_index([], self.device), slice(first, first), slice(kept, kept), {}, None, communicator))
                 continue
@@ -228,7 +228,7 @@ class Program:
     def open_rows(self, absorbed: bool = False) -> OpenRows:
         """What opens the rows of `attention_inputs`: for its queries as they are, or as they are absorbed."""
         config = self.cell.config
-        return keys_and_values(config.head_dim) if config.latent is None else latent_rows(self.latent_weight, config.latent, absorbed)
+        return keys_and_values(config.head_dim) if config.latent is None else latent_rows(self.latent_weight, config.latent, absorbed, self.weights.plain)
 
     def _attention(self) -> Callable[[], Output]:
         """Attention alone: rows lie where a model would have written them. Chunks share that place, so theirs are put there in the pass."""

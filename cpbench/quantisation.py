@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from math import prod
 
+from cpbench import deterministic
 from cpbench.cell import Cell
 from cpbench.sharding import DENSE_MLP
 
@@ -69,6 +70,8 @@ def workspace(cell: Cell, rows: int, *matrices: Matrix) -> int:
 
     That is the quantised input; where FP8 is simulated, also what is widened of it and of the weight, and their product.
     """
+    if cell.deterministic:
+        return max(deterministic.workspace(cell, rows, inputs) for _, inputs in matrices)
     if cell.quant == NONE:
         return 0
     needs = []

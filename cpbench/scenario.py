@@ -130,6 +130,7 @@ class Scenario(_Model):
     sp_chunks: Whole = Field(1, ge=1, le=64, description="layouts with sp: pieces in which rows are gathered and scattered, each behind a product")
     sp_gather: Literal["hidden", "latent"] = Field("hidden", description="layouts with sp: gather hidden states, or what low-rank projections made of them")
     sp_fused: bool = Field(False, description="layouts with sp on CUDA: gather and scatter inside products (PyTorch's symmetric memory)")
+    deterministic: bool = Field(False, description="sums and products in an order that gives every layout the same bits")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")

@@ -42,6 +42,11 @@ class Segment:
     causal: Span | None = None
 
     @property
+    def keys(self) -> tuple[Span, ...]:
+        """All key rows, in as few spans as there are."""
+        return joined([*self.full, *([self.causal] if self.causal else [])])
+
+    @property
     def pairs(self) -> int:
         """Score pairs that this segment computes, per head."""
         rows = self.queries.rows

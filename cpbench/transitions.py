@@ -15,6 +15,7 @@ from typing import Any
 
 from cpbench import feed_forward
 from cpbench.cell import Cell
+from cpbench.deterministic import shares
 from cpbench.distributed.traffic import Traffic
 from cpbench.sharding import (
     ATTENTION,
@@ -127,7 +128,7 @@ class _Step:
         yield from self._before(f"{name}, before experts", common, self.step)
         if experts.shared:
             yield from self._before(f"{name}, before shared experts", shared, step)
-            yield from self._after(f"{name}, after shared experts", shared, step, last=False)
+            yield from self._after(f"{name}, after shared experts", shared, step, last=cell.deterministic)
         yield from self._before(f"{name}, before routed experts", routed, step)
         if unit.alltoall:
             counts = (layout.ep - 1) * experts.count // layout.ep * feed_forward.INDEX_BYTES
@@ -137,7 +138,7 @@ class _Step:
             yield Transition(f"{name}, to experts and back, about", "all_to_all", "ep", asked, asked, hidden, travelled * self.row, 2)
         yield from self._after(f"{name}, after routed experts", routed, step, last=False)
         mine = self.step.attended(place)
-        if mine and unit.share.size > 1 and unit.ranks == 1 and not experts.shared:
+        if mine and unit.share.size > 1 and unit.ranks == 1 and (cell.deterministic or not experts.shared):
             share = len(unit.rows(mine))
             yield Transition(f"{name}, after experts", "all_gather", "tp", share, mine, hidden, (mine - share) * self.row)
         elif mine and layout.tp > 1 and self.step.tp == 1:
@@ -172,10 +173,19 @@ class _Step:
         for gather in reversed(plan.gathers):
             own = gather.own(self.place)
             received = own * (len(gather.rows) - 1) * self.row
-            yield Transition(where, "reduce_scatter", gather.axis, sum(gather.rows), own, self.cell.config.hidden, received)
+            operation = "all_to_all" if self.cell.deterministic else "reduce_scatter"  # each adds what it receives
+            yield Transition(where, operation, gather.axis, sum(gather.rows), own, self.cell.config.hidden, received)
         for axis, size in plan.sums if step.attended(self.place) else ():
             if last or axis != "tp":
-                yield self._all_reduce(where, axis, size, step.attended(self.place))
+                yield from self._sum(where, axis, size, step.attended(self.place))
+
+    def _sum(self, where: str, axis: str, size: int, rows: int) -> Iterator[Transition]:
+        if not self.cell.deterministic:
+            yield self._all_reduce(where, axis, size, rows)
+            return
+        hidden, own = self.cell.config.hidden, shares(rows, size)[getattr(self.place, axis) % size]
+        yield Transition(where, "all_to_all", axis, rows, own, hidden, own * (size - 1) * self.row)
+        yield Transition(where, "all_gather", axis, own, rows, hidden, (rows - own) * self.row)
 
     def _all_reduce(self, where: str, axis: str, size: int, rows: int) -> Transition:
         return Transition(where, "all_reduce", axis, rows, rows, self.cell.config.hidden, 2 * rows * self.row * (size - 1) // size)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SELECTED = "sparse_latent"  # what attends to selected keys; no kernel above does
 
+FIXED = "fixed_blocks"  # what attends in deterministic cells
+
 KERNELS = {  # name -> module and class; `auto` takes the first that is available
     "flash3": "cpbench.kernels.flash3:Flash3",
     "flash4": "cpbench.kernels.flash4:Flash4",
@@ -21,6 +23,7 @@ KERNELS = {  # name -> module and class; `auto` takes the first that is availabl
     "cudnn": "cpbench.kernels.cudnn:Cudnn",
     "cpu_flash": "cpbench.kernels.cpu_flash:CpuFlash",
     "reference": "cpbench.kernels.reference:Reference",
+    "fixed_blocks": "cpbench.kernels.fixed_blocks:FixedBlocks",
 }
 
 
@@ -41,6 +44,8 @@ def pick_kernel(device: str, dtype: str, dim_qk: int, dim_v: int) -> Kernel:
 def kernel_of(cell: Cell) -> Kernel:
     """The kernel that a cell runs with."""
     shape = cell.shape
+    if cell.deterministic:
+        return load_kernel(FIXED)
     return pick_kernel(cell.device, cell.dtype, shape.qk_dim, shape.v_dim) if cell.kernel == "auto" else load_kernel(cell.kernel)
 
 

@@ -34,6 +34,7 @@ class Kernel(ABC):
     name: str
     summary: str
     page_multiple: int | None = None
+    takes_all_keys: bool = False  # of a query, in one call and in the order of rows; `block` then takes fewer queries than keys also if causal
 
     @abstractmethod
     def available(self, device: str, dtype: str, dim_qk: int, dim_v: int) -> str | None:
@@ -55,6 +56,10 @@ class Kernel(ABC):
         """Run every segment and add its result to `into`. Rows that no segment covers are left alone."""
         for segment in segments:
             q = q_THD[segment.queries.start : segment.queries.stop]
+            if self.takes_all_keys:
+                k, v = (rows_of(x, segment.keys) for x in (k_SGD, v_SGE))
+                into.add(segment.queries, *self.block(q, k, v, scale, segment.causal is not None))
+                continue
             pieces = [(segment.causal, True)] if segment.causal else []
             for span, causal in [*pieces, *((span, False) for span in segment.full)]:
                 keys = slice(span.start, span.stop)
@@ -102,7 +107,7 @@ class Kernel(ABC):
         from cpbench.kernels.accumulate import Accumulator
 
         rows, keys = q_THD.shape[0], k_SGD.shape[0]
-        if rows == keys:
+        if rows == keys or self.takes_all_keys:
             return self.block(q_THD, k_SGD, v_SGE, scale, True)
         result = Accumulator(rows, Buffers())
         segment = Segment(Span(0, rows), (Span(0, keys - rows),), Span(keys - rows, keys))
@@ -122,6 +127,14 @@ def require_pages(requests: Sequence[Request], rows: int, table_rows: int) -> No
         at = request.queries.stop
     if at != rows:
         raise ValueError(f"requests cover {at} of {rows} query rows")
+
+
+def rows_of(x_SGD: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The rows of some spans one after the other: a view where there is one."""
+    import torch
+
+    parts = [x_SGD[span.start : span.stop] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def same_head_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,7 +94,7 @@ class OneBlock(Kernel):
     """A kernel that allocates what `inner` allocates and computes the first rows of one query head per kv head only (see above)."""
 
     def __init__(self, inner: Kernel) -> None:
-        self.name, self.summary, self._inner = inner.name, inner.summary, inner
+        self.name, self.summary, self._inner, self.takes_all_keys = inner.name, inner.summary, inner, inner.takes_all_keys
 
     def available(self, device: str, dtype: str, dim_qk: int, dim_v: int) -> str | None:
         return self._inner.available(device, dtype, dim_qk, dim_v)

@@ -56,7 +56,7 @@ class GroupedQueryAttention:
         self.qkv_bias = None
         if config.qkv_bias:
             self.qkv_bias = torch.cat([weights.bias(f"{prefix}.{name}.bias", n * dim, _rows(part, dim)) for name, n, part in parts])
-        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim)))
+        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * dim), columns=_rows(heads.q, dim)), is_summed=True)
         self.q_norm = weights.norm(f"{prefix}.q_norm.weight", dim) if config.qk_norm else None
         self.k_norm = weights.norm(f"{prefix}.k_norm.weight", dim) if config.qk_norm else None
 

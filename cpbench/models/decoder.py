@@ -18,8 +18,9 @@ from cpbench.communicator import Communicator, Partial
 from cpbench.models.attention import GroupedQueryAttention
 from cpbench.models.config import ModelConfig
 from cpbench.models.indexer import LightningIndexer
+from cpbench.models.invariant import InvariantWeight
 from cpbench.models.latent import MultiHeadLatentAttention
-from cpbench.models.linear import QuantisedWeight
+from cpbench.models.linear import QuantisedWeight, linear
 from cpbench.models.mlp import DenseMLP
 from cpbench.models.moe import SparseMLP
 from cpbench.models.norm import rms_norm
@@ -123,7 +124,7 @@ class Decoder:
         if part.embedding:
             self.embedding = table(EMBEDDING)
         if part.head:
-            self.head = table(EMBEDDING if config.tied_embeddings else "lm_head.weight")
+            self.head = weights.plain(table(EMBEDDING if config.tied_embeddings else "lm_head.weight"))
             self.final_norm = weights.norm("model.norm.weight", config.hidden)
 
     def embed(self, ids_n: Tensor, communicator: Communicator) -> Tensor:
@@ -145,7 +146,7 @@ class Decoder:
 
     def first_tokens(self, last_BM: Tensor, communicator: Communicator) -> FirstTokens:
         """Final norm and head on the last token of each sequence only: a server needs no other logits of a prefill."""
-        logits_BV = F.linear(rms_norm(last_BM, self.final_norm, self.config.norm_eps), self.head).float()
+        logits_BV = linear(rms_norm(last_BM, self.final_norm, self.config.norm_eps), self.head).float()
         tokens, margins = communicator.greedy(logits_BV, self.vocabulary.start)
         return FirstTokens(tokens, margins, logits_BV)
 
@@ -154,7 +155,7 @@ class Decoder:
         return list({id(tensor): tensor for tensor in _tensors(self)}.values())
 
 
-PARTS = (list, QuantisedWeight, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
+PARTS = (list, QuantisedWeight, InvariantWeight, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
 
 
 def _tensors(part: object) -> Iterator[Tensor]:

@@ -50,4 +50,4 @@ class Models:
             self._opened = Checkpoint.open(self.folder or "")
         if self._opened.name != name:
             raise RuntimeError(f"the checkpoint is {self._opened.name} by now, not {name}")
-        return CheckpointWeights(self._opened, random.dtype, random.device, random.rounded_to, random.quant)
+        return CheckpointWeights(self._opened, random.dtype, random.device, random.rounded_to, random.quant, random.deterministic)

@@ -10,13 +10,14 @@ queries and outputs instead (*absorbed*: 2176 operations, and nothing to make), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Incoming, Partial
 from cpbench.models.config import LatentAttention, ModelConfig
-from cpbench.models.linear import Projection, linear
+from cpbench.models.linear import Projection, Weight, linear
 from cpbench.models.norm import rms_norm
 from cpbench.models.rope import rotate_neighbours
 from cpbench.models.weights import Weights
@@ -46,8 +47,8 @@ class MultiHeadLatentAttention:
         self.kv_a_norm = weights.norm(f"{prefix}.kv_a_layernorm.weight", sizes.kv_rank)
         self.kv_b_weight = kv_b_weight(config, weights, prefix, shard)
         o_columns = range(self.heads.start * sizes.v_dim, self.heads.stop * sizes.v_dim)
-        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns))
-        self.open_rows = latent_rows(self.kv_b_weight, sizes, absorbed)
+        self.o_weight = weights.hold(weights.linear(f"{prefix}.o_proj.weight", (hidden, config.heads * sizes.v_dim), columns=o_columns), is_summed=True)
+        self.open_rows = latent_rows(self.kv_b_weight, sizes, absorbed, weights.plain)
 
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
@@ -113,7 +114,7 @@ def kv_b_weight(config: ModelConfig, weights: Weights, prefix: str, shard: Shard
     return weight_hOR
 
 
-def latent_rows(weight_hOR: Tensor, sizes: LatentAttention, absorbed: bool) -> OpenRows:
+def latent_rows(weight_hOR: Tensor, sizes: LatentAttention, absorbed: bool, hold: Callable[[Tensor], Weight]) -> OpenRows:
     """Opens rows [S, R + P]: expanded into K [S, h, N + P] and V [S, h, E] of the heads asked for; absorbed as views [S, 1, R + P] and [S, 1, R]."""
 
     def absorbed_rows(rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]:
@@ -121,7 +122,7 @@ def latent_rows(weight_hOR: Tensor, sizes: LatentAttention, absorbed: bool) -> O
 
     def expanded_rows(rows_SW: Tensor, heads: range | None = None, /) -> tuple[Tensor, Tensor]:
         weight = weight_hOR if heads is None else weight_hOR[heads.start : heads.stop]
-        kv_ShO = F.linear(rows_SW[:, : sizes.kv_rank], weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+        kv_ShO = linear(rows_SW[:, : sizes.kv_rank], hold(weight.flatten(0, 1))).unflatten(1, weight.shape[:2])
         rotated = rows_SW[:, None, sizes.kv_rank : sizes.row_values].expand(-1, weight.shape[0], -1)
         return torch.cat([kv_ShO[..., : sizes.nope_dim], rotated], 2), kv_ShO[..., sizes.nope_dim :]
 

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is a tensor, or quantised to FP8: y = x W^T, by one function for both.
+"""A linear layer whose weight is a tensor, quantised to FP8, or multiplied in a fixed order (invariant.py): y = x W^T, by one function for all.
 
 W8A8 with row-wise scales: each output channel of a weight and each token of an activation is divided by its largest magnitude / 448 and rounded
 to e4m3; products are summed in fp32, multiplied by both scales and rounded once, to the dtype of the input. Scales belong to what a
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.models.invariant import InvariantWeight, invariant_linear
 from cpbench.quantisation import BLOCK, FP8, blocks
 
 E4M3 = torch.float8_e4m3fn
@@ -36,7 +37,7 @@ class QuantisedWeight:
         return QuantisedWeight(self.values[index], self.scales[index])
 
 
-Weight = Tensor | QuantisedWeight
+Weight = Tensor | QuantisedWeight | InvariantWeight
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class Projection:
 
 
 def hold(weight_NK: Tensor, quant: str) -> Weight:
-    """A weight as a layer holds it."""
+    """A weight as a layer holds it, quantised or not."""
     return QuantisedWeight(*quantise(weight_NK)) if quant == FP8 else weight_NK
 
 
 def room_for(count: int, like: Weight) -> Weight:
     """Room for so many weights of one shape, not filled yet."""
+    if isinstance(like, InvariantWeight):
+        return InvariantWeight(like.values.new_empty(count, *like.values.shape), like.is_summed)
     if isinstance(like, QuantisedWeight):
         return QuantisedWeight(like.values.new_empty(count, *like.values.shape), like.scales.new_empty(count, *like.scales.shape))
     return like.new_empty(count, *like.shape)
@@ -74,20 +77,31 @@ def fill(room: Weight, index: int, weight: Weight) -> None:
     """Put one weight where there is room for it."""
     if isinstance(room, QuantisedWeight) and isinstance(weight, QuantisedWeight):
         room.values[index], room.scales[index] = weight.values, weight.scales
-    elif isinstance(room, Tensor) and isinstance(weight, Tensor):
-        room[index] = weight
+    elif not isinstance(room, QuantisedWeight) and not isinstance(weight, QuantisedWeight):
+        plain(room)[index] = plain(weight)
+
+
+def plain(weight: Weight) -> Tensor:
+    """The values of a weight that is not quantised. Raises TypeError for one that is."""
+    if isinstance(weight, QuantisedWeight):
+        raise TypeError("a quantised weight has no values of its own")
+    return weight if isinstance(weight, Tensor) else weight.values
 
 
 def linear(x_nK: Tensor, weight: Weight, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + bias [n, N] in the dtype of `x_nK`."""
     if isinstance(weight, Tensor):
         return F.linear(x_nK, weight, bias_N)
-    out_nN = _scaled(x_nK, weight) if x_nK.is_cuda and len(x_nK) else _simulated(x_nK, weight)
+    if isinstance(weight, InvariantWeight):
+        out_nN = invariant_linear(x_nK, weight)
+    else:
+        out_nN = _scaled(x_nK, weight) if x_nK.is_cuda and len(x_nK) else _simulated(x_nK, weight)
     return out_nN if bias_N is None else out_nN.add_(bias_N)
 
 
 def grouped_linear(x_PK: Tensor, weight_ENK: Weight, ends_E: Tensor) -> Tensor:
     """Rows that lie one expert after the other, by the weights of their experts, in one kernel: [P, N]. `ends_E`: where the rows of each end."""
+    assert not isinstance(weight_ENK, InvariantWeight), "has_grouped says so"
     if isinstance(weight_ENK, Tensor):
         return F.grouped_mm(x_PK, weight_ENK.transpose(1, 2), offs=ends_E)
     values, scales = quantise(x_PK)
@@ -97,7 +111,7 @@ def grouped_linear(x_PK: Tensor, weight_ENK: Weight, ends_E: Tensor) -> Tensor:
 
 def has_grouped(x_PK: Tensor, weight_ENK: Weight) -> bool:
     """Whether PyTorch has one kernel for `grouped_linear`: bf16 on CUDA, and on Hopper for quantised weights."""
-    if not x_PK.is_cuda or x_PK.dtype != torch.bfloat16 or not len(x_PK):
+    if not x_PK.is_cuda or isinstance(weight_ENK, InvariantWeight) or x_PK.dtype != torch.bfloat16 or not len(x_PK):
         return False
     if isinstance(weight_ENK, Tensor):
         return hasattr(F, "grouped_mm")

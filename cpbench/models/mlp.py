@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator, Incoming, Partial
 from cpbench.models.config import ModelConfig
+from cpbench.models.invariant import rows_at_a_time
 from cpbench.models.linear import Projection, Weight, linear
 from cpbench.models.weights import Weights
 from cpbench.sharding import DENSE_MLP, Shard
@@ -26,7 +27,7 @@ class DenseMLP:
         mine = range(shard.rank * part, (shard.rank + 1) * part)
         shape = (whole, config.hidden)
         self.gate_up_weight = weights.hold(torch.cat([weights.linear(f"{prefix}.{name}.weight", shape, mine) for name in ("gate_proj", "up_proj")]))
-        self.down_weight = weights.hold(weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine))
+        self.down_weight = weights.hold(weights.linear(f"{prefix}.down_proj.weight", shape[::-1], columns=mine), is_summed=True)
 
     def forward(self, normed: Callable[[], Tensor], communicator: Communicator) -> Tensor:
         """The block's output for this rank's rows. `normed` makes the input; calls are nested so that no name keeps it alive once it is read."""
@@ -41,7 +42,11 @@ class DenseMLP:
 def gated(gate_up_nI: Tensor) -> Tensor:
     """silu(gate) * up [n, I] of gate and up side by side, in the place of gate."""
     gate, up = gate_up_nI.chunk(2, 1)
-    return F.silu(gate, inplace=True).mul_(up)
+    step = len(gate) if gate.is_cuda else rows_at_a_time(gate.shape[1])  # on CPU a few rows stay in cache, and each is computed alike (invariant.py)
+    for first in range(0, len(gate), max(1, step)):
+        rows = slice(first, first + step)
+        F.silu(gate[rows], inplace=True).mul_(up[rows])
+    return gate
 
 
 def activated(gate_up_nI: Tensor, down_weight: Weight) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator, Dispatch
 from cpbench.models.config import ModelConfig
+from cpbench.models.invariant import InvariantWeight, sum_of_experts
 from cpbench.models.linear import Weight, fill, grouped_linear, has_grouped, linear, room_for
 from cpbench.models.mlp import DenseMLP, activated
 from cpbench.models.router import Choice, Router
@@ -41,11 +42,12 @@ class SparseMLP:
         for index, expert in enumerate(self.mine):
             name = f"{prefix}.experts.{expert}"
             gate_up = weights.hold(torch.cat([weights.linear(f"{name}.{which}.weight", shape, cut) for which in ("gate_proj", "up_proj")]))
-            down = weights.hold(weights.linear(f"{name}.down_proj.weight", shape[::-1], columns=cut))
+            down = weights.hold(weights.linear(f"{name}.down_proj.weight", shape[::-1], columns=cut), is_summed=True)
             if index == 0:
                 self.gate_up_weight, self.down_weight = room_for(here, gate_up), room_for(here, down)
             fill(self.gate_up_weight, index, gate_up)
             fill(self.down_weight, index, down)
+        self.is_deterministic = isinstance(self.down_weight, InvariantWeight)
         shared_width = config.experts.shared * width
         self.shared = DenseMLP(config, weights, f"{prefix}.shared_experts", shared, shared_width) if shared_width else None
 
@@ -71,14 +73,20 @@ class SparseMLP:
         counts: list[int] = loads[:here].tolist()
         pairs = sum(counts)
         out_PM = self._compute(x_uM[sorted_P[:pairs] // local_uK.shape[1]], counts)
-        return _summed(out_PM, _places(sorted_P, local_uK), choice.weights_nK.masked_fill(absent_uK, 0), x_uM)
+        places_uK = _places(sorted_P, local_uK)
+        if self.is_deterministic:  # all experts are here
+            return _summed_in_tree(out_PM, places_uK, choice, self.count)
+        return _summed(out_PM, places_uK, choice.weights_nK.masked_fill(absent_uK, 0), x_uM)
 
     def _exchanged(self, x_uM: Tensor, choice: Choice, communicator: Communicator) -> Tensor:
         """Sums [u, M] over all experts, each computed where it is."""
         sorted_P, loads = _by_expert(choice.experts_nK, self.count)
         dispatch = communicator.dispatch(loads)
         out_PM = dispatch.back(self._visited(dispatch.to_experts(x_uM[sorted_P // choice.experts_nK.shape[1]]), dispatch))
-        return _summed(out_PM, _places(sorted_P, choice.experts_nK), choice.weights_nK, x_uM)
+        places_uK = _places(sorted_P, choice.experts_nK)
+        if self.is_deterministic:
+            return _summed_in_tree(out_PM, places_uK, choice, self.count)
+        return _summed(out_PM, places_uK, choice.weights_nK, x_uM)
 
     def _visited(self, x_RM: Tensor, dispatch: Dispatch) -> Tensor:
         """The experts here on rows [R, M] that came by sender and expert; in the same order."""
@@ -120,6 +128,14 @@ def _places(sorted_P: Tensor, experts_uK: Tensor) -> Tensor:
     places_P = torch.empty_like(sorted_P)
     places_P[sorted_P] = torch.arange(len(sorted_P), device=sorted_P.device)
     return places_P.view_as(experts_uK)
+
+
+def _summed_in_tree(out_PM: Tensor, places_uK: Tensor, choice: Choice, count: int) -> Tensor:
+    """The same in a binary tree over all `count` experts, whose nodes have the dtype of `out_PM`."""
+    values_uKM = out_PM.new_empty(*places_uK.shape, out_PM.shape[1])
+    for slot in range(places_uK.shape[1]):
+        values_uKM[:, slot] = out_PM[places_uK[:, slot]] * choice.weights_nK[:, slot, None]
+    return sum_of_experts(values_uKM.flatten(0, 1), choice.experts_nK, count)
 
 
 def _summed(out_PM: Tensor, places_uK: Tensor, weights_uK: Tensor, like_uM: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from cpbench.models.config import Yarn
+from cpbench.models.invariant import in_blocks
 
 
 def cos_sin(positions_n: Tensor, dim: int, theta: float, yarn: Yarn | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin [n, 1, D/2] in fp32 of positions [n], for `dim` = D rotated values."""
     frequency = _frequencies(dim, theta, yarn, positions_n.device)
     angle = positions_n.to(torch.float32)[:, None] * frequency
-    cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+    cos, sin = (in_blocks(function, angle).unsqueeze(1) for function in (torch.cos, torch.sin))
     if yarn is None:
         return cos, sin
     amplitude = _attention_scale(yarn.factor, yarn.mscale) / _attention_scale(yarn.factor, yarn.mscale_all_dim)

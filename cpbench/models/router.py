@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from cpbench.choices import ChoiceLog, Note
 from cpbench.experts import RouterRule
 from cpbench.models.config import Experts, ModelConfig
+from cpbench.models.invariant import InvariantWeight, in_blocks
+from cpbench.models.linear import linear, plain
 from cpbench.models.weights import RandomWeights, Weights
 
 
@@ -46,7 +47,7 @@ class Router:
     def __init__(self, config: ModelConfig, weights: Weights, prefix: str, layer: int) -> None:
         assert config.experts is not None
         self.experts, self.layer = config.experts, layer
-        self.weight = weights.linear(f"{prefix}.weight", (config.experts.count, config.hidden))
+        self.weight = weights.plain(weights.linear(f"{prefix}.weight", (config.experts.count, config.hidden)))
         name = f"{prefix}.e_score_correction_bias"  # kept in fp32, because its steps are smaller than those of narrow dtypes
         self.bias = weights.bias(name, config.experts.count, wide=True) if config.experts.correction else None
 
@@ -60,8 +61,9 @@ class Router:
     def scores(self, x_nM: Tensor) -> Tensor:
         """Of every expert for every row [n, E], before any bias."""
         wide = torch.promote_types(x_nM.dtype, torch.float32)
-        logits_nE = F.linear(x_nM.to(wide), self.weight.to(wide))
-        return logits_nE.softmax(1) if self.experts.scoring == "softmax" else logits_nE.sigmoid_()
+        weight = self.weight if isinstance(self.weight, InvariantWeight) else plain(self.weight).to(wide)  # it is widened a part at a time
+        logits_nE = linear(x_nM.to(wide), weight)
+        return logits_nE.softmax(1) if self.experts.scoring == "softmax" else in_blocks(torch.sigmoid, logits_nE)
 
     def _routed(self, ranked_nE: Tensor, routing: Routing) -> Tensor:
         experts, log, exponent = self.experts, routing.log, routing.rule.exponent

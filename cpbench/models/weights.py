@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cpbench.models.checkpoint import BLOCK, SCALE, Checkpoint
+from cpbench.models.invariant import InvariantWeight
 from cpbench.models.linear import Weight, hold
 from cpbench.quantisation import NONE
 
@@ -33,8 +34,12 @@ class Weights(Protocol):
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         ...
 
-    def hold(self, weight: Tensor) -> Weight:
-        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
+    def hold(self, weight: Tensor, *, is_summed: bool = False) -> Weight:
+        """A weight [out, in] as a projection holds it: quantised where the cell's are. `is_summed`: ranks have parts of its inputs, and add up."""
+        ...
+
+    def plain(self, weight: Tensor) -> Weight:
+        """A weight [out, in] of a product that is never quantised."""
         ...
 
     def norm(self, name: str, size: int) -> Tensor:
@@ -55,6 +60,7 @@ class RandomWeights:
     device: torch.device
     rounded_to: torch.dtype | None = None  # the dtype whose values are used, where `dtype` is wider: the reference of a bf16 model, never quantised
     quant: str = NONE
+    deterministic: bool = False
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
@@ -66,9 +72,13 @@ class RandomWeights:
             weight.mul_((_hash_index(index.to(self.device), f"{self.seed}/{name}/size") % 3 - 1).to(torch.float32).exp2_().to(self.dtype)[:, None])
         return weight
 
-    def hold(self, weight: Tensor) -> Weight:
-        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
-        return hold(weight, self.quant if self.rounded_to is None else NONE)
+    def hold(self, weight: Tensor, *, is_summed: bool = False) -> Weight:
+        """As in `Weights`."""
+        return _held(self, weight, is_summed)
+
+    def plain(self, weight: Tensor) -> Weight:
+        """As in `Weights`."""
+        return InvariantWeight(weight) if self.deterministic else weight
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size], around 1."""
@@ -102,15 +112,20 @@ class CheckpointWeights:
     device: torch.device
     rounded_to: torch.dtype | None = None  # as in RandomWeights
     quant: str = NONE
+    deterministic: bool = False
     _files: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # open files by name: opening one parses its header
 
     def linear(self, name: str, shape: tuple[int, int], rows: range | None = None, columns: range | None = None) -> Tensor:
         """The given rows (output features) and columns (input features) of weight `name` [out, in]."""
         return self._read(name, shape, (rows, columns))
 
-    def hold(self, weight: Tensor) -> Weight:
-        """A weight [out, in] as a projection holds it: quantised where the cell's are."""
-        return hold(weight, self.quant if self.rounded_to is None else NONE)
+    def hold(self, weight: Tensor, *, is_summed: bool = False) -> Weight:
+        """As in `Weights`."""
+        return _held(self, weight, is_summed)
+
+    def plain(self, weight: Tensor) -> Weight:
+        """As in `Weights`."""
+        return InvariantWeight(weight) if self.deterministic else weight
 
     def norm(self, name: str, size: int) -> Tensor:
         """A norm weight [size]."""
@@ -146,6 +161,13 @@ class CheckpointWeights:
         if file not in self._files:
             self._files[file] = safe_open(self.checkpoint.folder / file, framework="pt")
         return self._files[file].get_slice(name)
+
+
+def _held(weights: Any, weight: Tensor, is_summed: bool) -> Weight:
+    """A weight of random weights or of a checkpoint, as a layer holds it."""
+    if weights.deterministic:
+        return InvariantWeight(weight, is_summed)
+    return hold(weight, weights.quant if weights.rounded_to is None else NONE)
 
 
 def widened(weights: Any) -> Any:

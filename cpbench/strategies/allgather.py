@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.layout import nearest_divisor
+from cpbench.partition import Block
 from cpbench.segments import PlacedBlock, Request, Segment, Span, by_queries, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, packed_heads, row_values
+from cpbench.visible import InOrder, in_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 class GatherPlan:
     """`own` segments index the rank's rows; `cached` and `remote` ones a buffer [cached + ranks * max_rows, W].
 
-    `requests` are the same work on pages in the order of positions; empty where a rank's blocks have gaps.
+    `requests` are the same work on pages in the order of positions; empty where a rank's blocks have gaps. `ordered` is it on all rows in that
+    order; None where no one asks for it.
     """
 
     own: tuple[Segment, ...]
@@ -48,6 +51,15 @@ class GatherPlan:
     cached_rows: int
     max_rows: int
     head_groups: int
+    ordered: OrderedKeys | None
+
+
+@dataclass(frozen=True)
+class OrderedKeys:
+    """The rows of all ranks in the order of sequences and positions, and all attention of a rank to them."""
+
+    rows: InOrder
+    segments: tuple[Segment, ...]
 
 
 class AllGather(Strategy):
@@ -82,7 +94,16 @@ class AllGather(Strategy):
             cached_rows=before,
             max_rows=split.max_rows,
             head_groups=cell.head_groups,
+            ordered=self._ordered(cell, rank) if cell.deterministic else None,
         )
+
+    def _ordered(self, cell: Cell, rank: int) -> OrderedKeys:
+        """Every query block and all that it sees, in one segment."""
+        own = place(cell.split.ranks[rank])
+        rows = in_order(own, self.collected(cell, rank))
+        spans = {block.sequence: visible.keys for (block, _), visible in zip(own, rows.visible, strict=True)}
+        sequences = [(Block(sequence, 0, span.rows), span.start) for sequence, span in spans.items()]
+        return OrderedKeys(rows, causal_segments(own, sequences))
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: GatherPlan, context: Context, layer: int) -> Tensor:
         if plan.head_groups == 1:
@@ -120,6 +141,10 @@ class AllGather(Strategy):
         padded = split.max_rows * row if split.rows(rank) < split.max_rows else 0
         if cell.shape.top_k:
             return AttentionMemory(new_rows=gathered, buffers=padded)
+        if plan.ordered is not None:
+            merge, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), plan.ordered.segments)
+            opened = len(plan.ordered.rows.rows) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+            return AttentionMemory(gathered, padded + len(plan.ordered.rows.rows) * row, merge, transient + opened)
         segments = [*plan.own, *plan.cached, *plan.remote]
         merge, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
         grouped = split.rows(rank) * (cell.heads * cell.shape.v_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
@@ -128,6 +153,8 @@ class AllGather(Strategy):
 
     def opened_rows(self, cell: Cell, rank: int) -> int:
         plan = self.plan(cell, rank)
+        if plan.ordered is not None:
+            return len(plan.ordered.rows.rows)
         return cell.split.rows(rank) + 2 * plan.cached_rows + cell.layout.cp * plan.max_rows
 
 
@@ -155,6 +182,8 @@ class _Gather:
         """Attention to what is here while the rest is on its way: out [T, H, E]. Valid until the next group has attended."""
         from cpbench.kernels.accumulate import Accumulator
 
+        if self.plan.ordered is not None:
+            return self._in_order(q_THD, open_rows, self.plan.ordered)
         size, shape = self.context.cache.page_size, self.context.shape
         if self.plan.requests and size and not shape.opened and self.context.kernel.reads_pages(size, shape.qk_dim, shape.v_dim):
             return self._in_pages(q_THD, open_rows)
@@ -166,6 +195,20 @@ class _Gather:
         self.in_flight.wait()
         kernel.attend(q_THD, *open_rows(self.gathered), plan.remote, scale, result)
         cache.write(self.lane, self.gathered)
+        return result.result()
+
+    def _in_order(self, q_THD: Tensor, open_rows: OpenRows, ordered: OrderedKeys) -> Tensor:
+        """All rows in the order of positions, then one call for each block of queries."""
+        import torch
+
+        from cpbench.kernels.accumulate import Accumulator
+
+        arrived = self.arrived()
+        order = torch.from_numpy(ordered.rows.rows).to(arrived.device)
+        rows_SW = self.context.buffers.get("ordered", (len(order), arrived.shape[1]), arrived)
+        result = Accumulator(q_THD.shape[0], self.context.buffers)
+        k, v = open_rows(torch.index_select(arrived, 0, order, out=rows_SW))
+        self.context.kernel.attend(q_THD, k, v, ordered.segments, self.context.scale, result)
         return result.result()
 
     def _cached(self) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.attention_shape import AttentionShape
 from cpbench.cell import Cell
+from cpbench.deterministic import attention_workspace
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Block, Blocks, cut, split
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, PlacedBlock, Segment, place
@@ -236,6 +237,8 @@ def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Seque
     """
     heads, parts = shards
     row, size = heads * cell.shape.v_dim, cell.element_bytes
+    if cell.deterministic:
+        return _whole_calls_memory(cell, rows, shards, segments)
     padded = heads * max(cell.shape.v_dim, cell.shape.qk_dim) if cell.device == "cpu" else row  # a view of what the kernel computed
     spans = [(s.queries.rows, span.rows) for s in segments for span in ([s.causal] if s.causal else []) + list(s.full)]
     costs = [queries * padded * size + _copied(cell, queries, keys, cell.shape.kv_heads(heads, parts)) for queries, keys in spans]
@@ -247,6 +250,18 @@ def calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Seque
     scratch = 4 * min(largest, max(1, MERGE_BLOCK // row)) * row if narrow else 0
     first = rows * row * size if whole else 0  # in a narrow dtype it is gone once the accumulator has it
     return accumulator + scratch, max(costs[0], first + costs[1], (0 if narrow else first) + max(costs[1:]))
+
+
+def _whole_calls_memory(cell: Cell, rows: int, shards: tuple[int, int], segments: Sequence[Segment]) -> tuple[int, int]:
+    """The same where each segment is one call for all of its keys, and nothing is merged."""
+    heads, parts = shards
+    row, size, shape = heads * cell.shape.v_dim, cell.element_bytes, cell.shape
+    joins = [sum(span.rows for span in s.keys) * shape.kv_heads(heads, parts) * (shape.qk_dim + shape.v_dim) * size * (len(s.keys) > 1) for s in segments]
+    works = [attention_workspace(sum(span.rows for span in s.keys), shape.qk_dim + shape.v_dim, size) for s in segments]
+    costs = [s.queries.rows * (row * size + heads * max(size, 4)) + join + work for s, join, work in zip(segments, joins, works, strict=True)]
+    whole = len(segments) == 1 and segments[0].queries.rows == rows
+    accumulator = 0 if whole else max(size, 4) * rows * (row + heads)
+    return accumulator, max(costs)
 
 
 def _copied(cell: Cell, queries: int, keys: int, kv_heads: int) -> int:

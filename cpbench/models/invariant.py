@@ -1,0 +1,115 @@
+"""Arithmetic whose bits do not depend on how rows, columns and inputs are cut over ranks (see deterministic.py for the orders).
+
+Products are made in blocks of one shape, because what a GEMM does with a row depends on how many rows and columns it is given (on CPU, fewer
+than four rows have other bits). Inputs in narrow dtypes are multiplied in fp32.
+
+    n rows   K inputs   N outputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cpbench.deterministic import COLUMNS, DEPTH, ROWS, TILE, run_of
+
+SERIAL = 1 << 14  # values that an elementwise operation surely does on one thread
+VECTOR = 16  # values that the widest vector operation takes twice of: a multiple of it leaves no rest that would be computed another way
+
+
+@dataclass(frozen=True)
+class InvariantWeight:
+    """A weight [..., N, K] whose products have bits that no layout changes. `is_summed`: ranks have parts of its inputs, and add up."""
+
+    values: Tensor
+    is_summed: bool = False
+
+    def __getitem__(self, index: int) -> InvariantWeight:
+        return InvariantWeight(self.values[index], self.is_summed)
+
+
+def invariant_linear(x_nK: Tensor, weight: InvariantWeight) -> Tensor:
+    """x W^T [n, N] in the dtype of `x_nK`; of a summed weight this rank's branch of the tree. Raises ValueError where its inputs are not whole tiles."""
+    (n, inputs), weight_NK = x_nK.shape, weight.values
+    if weight.is_summed and inputs % TILE:
+        raise ValueError(f"{inputs} inputs are no multiple of the tile of {TILE}")
+    wide = torch.promote_types(x_nK.dtype, torch.float32)
+    product = _tree if weight.is_summed else _deep
+    wide_nK, out_nN = x_nK.to(wide), x_nK.new_empty(n, len(weight_NK))
+    for c in range(0, len(weight_NK), COLUMNS):
+        columns_cK = _padded(weight_NK[c : c + COLUMNS].to(wide), COLUMNS)
+        for r in range(0, n, ROWS):
+            out_rc = out_nN[r : r + ROWS, c : c + COLUMNS]
+            out_rc.copy_(product(_padded(wide_nK[r : r + ROWS], ROWS), columns_cK, x_nK.dtype)[: len(out_rc), : out_rc.shape[1]])
+    return out_nN
+
+
+def _deep(x_rK: Tensor, weight_cK: Tensor, dtype: torch.dtype) -> Tensor:
+    """One accumulator, some inputs at a time."""
+    out_rc = x_rK[:, :DEPTH] @ weight_cK[:, :DEPTH].T
+    for first in range(DEPTH, x_rK.shape[1], DEPTH):
+        out_rc.addmm_(x_rK[:, first : first + DEPTH], weight_cK[:, first : first + DEPTH].T)
+    return out_rc
+
+
+def _tree(x_rK: Tensor, weight_cK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles of inputs, each rounded to `dtype`, added in runs and runs in a binary tree."""
+    tiles = x_rK.shape[1] // TILE
+    run = run_of(tiles)
+
+    def tile(index: int) -> Tensor:
+        inputs = slice(index * TILE, (index + 1) * TILE)
+        return (x_rK[:, inputs] @ weight_cK[:, inputs].T).to(dtype)
+
+    def node(first: int, runs: int) -> Tensor:
+        if runs > 1:
+            return node(first, runs // 2).add_(node(first + runs // 2, runs // 2))
+        total_rc = tile(first * run)
+        for index in range(first * run + 1, (first + 1) * run):
+            total_rc.add_(tile(index))
+        return total_rc
+
+    return node(0, tiles // run)
+
+
+def _padded(rows_xK: Tensor, count: int) -> Tensor:
+    """With rows of zeros behind, up to `count`."""
+    return rows_xK if len(rows_xK) == count else pad(rows_xK, (0, 0, 0, count - len(rows_xK)))
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], x_nW: Tensor) -> Tensor:
+    """An elementwise function of rows, a few at a time, on one thread each: its vector and its scalar form may differ in the last bit, and
+    where threads or rows end, the scalar one computes what is left. On CUDA all values are computed alike."""
+    if x_nW.is_cuda:
+        return function(x_nW)
+    step = rows_at_a_time(x_nW.shape[1])
+    whole_mW = _padded(x_nW, -(-len(x_nW) // VECTOR) * VECTOR) if x_nW.shape[1] % VECTOR else x_nW
+    return torch.cat([function(whole_mW[first : first + step]) for first in range(0, len(whole_mW), step)] or [x_nW])[: len(x_nW)]
+
+
+def rows_at_a_time(width: int) -> int:
+    """Rows of so many values that are computed together on CPU."""
+    return max(1, SERIAL // width // VECTOR * VECTOR) if width % VECTOR else max(1, SERIAL // width)
+
+
+def sum_of_experts(values_PM: Tensor, experts_nK: Tensor, count: int) -> Tensor:
+    """Sums [n, M] over the experts of each row in a binary tree over all `count` experts, in the dtype of `values_PM`.
+
+    `values_PM` [n * K, M] are those of the rows in turn, and of each by ascending expert. Experts that a row has not are left out, which adding
+    zeros would give too.
+    """
+    rows = torch.arange(len(experts_nK), device=experts_nK.device)[:, None]
+    node_P = (rows * count + experts_nK).flatten()
+    for _ in range(count.bit_length() - 1):
+        node_P = node_P >> 1
+        is_second = torch.zeros_like(node_P, dtype=torch.bool)
+        is_second[1:] = node_P[1:] == node_P[:-1]
+        second_Q = is_second.nonzero().squeeze(1)
+        if len(second_Q):
+            values_PM[second_Q - 1] += values_PM[second_Q]
+            values_PM, node_P = values_PM[~is_second], node_P[~is_second]
+    return values_PM
