@@ -106,6 +106,7 @@ def sweep(
     dtype: options.DTYPE = None,
     quant: options.QUANT = None,
     router: options.ROUTER = None,
+    deterministic: options.DETERMINISTIC = False,
     seed: options.SEED = None,
     threads: options.THREADS = None,
     setting: options.SET = None,
@@ -137,7 +138,8 @@ def sweep(
         "seed": seed,
         "experts": experts,
     }
-    fields |= {"weights": weights, "prompt": prompt, "threads": threads, "rounds": rounds, "pair": pair or None}
+    fields |= {"weights": weights, "prompt": prompt, "threads": threads, "rounds": rounds}
+    fields |= {"pair": pair or None, "deterministic": deterministic or None}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
     given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}

@@ -108,9 +108,11 @@ def _experts_reason(cell: Cell) -> str | None:
         return f"deterministic adds experts in a binary tree, and {experts.count} are no power of two; the nearest valid value is experts={near}"
     if experts.intermediate % TILE:
         return f"{experts.intermediate} inputs of an expert's down_proj are no multiple of {TILE}; the nearest valid value is deterministic=false"
-    if layout.moe_tp > 1 or (layout.ep > 1 and dispatch_of(layout, cell.dispatch) != ALLTOALL):
-        what = f"/tp={layout.moe_tp} cuts an expert" if layout.moe_tp > 1 else "dispatch=gather adds up the experts of several ranks"
-        return f"deterministic adds all experts of a token on one rank, and {what}; {_nearest(replace(layout, ep=layout.ep * layout.moe_tp, moe_tp=1))}"
+    whole = "deterministic adds all experts of a token on one rank"
+    if layout.moe_tp > 1:
+        return f"{whole}, and /tp={layout.moe_tp} cuts an expert; {_nearest(replace(layout, ep=layout.ep * layout.moe_tp, moe_tp=1))}"
+    if layout.ep > 1 and dispatch_of(layout, cell.dispatch) != ALLTOALL:
+        return f"{whole}, and dispatch=gather adds up those of several ranks; the nearest valid value is dispatch=alltoall"
     return None
 
 
@@ -129,8 +131,10 @@ def _summed_inputs(cell: Cell) -> dict[str, int]:
 
 def _fitting(cell: Cell, tp: int) -> str:
     """The layout without dp and with another tp, where every expert is whole: on the rank that has it, or on all of them."""
-    layout = cell.layout
-    ranks, experts = layout.cp * tp, cell.config.experts
+    layout, config = cell.layout, cell.config
+    while config.heads % tp or (config.kv_heads % tp and tp % config.kv_heads):
+        tp //= 2
+    ranks, experts = layout.cp * tp, config.experts
     divided = {} if experts is None or not cell.has_experts else {"ep": ranks} if experts.count % ranks == 0 else {"moe_dp": ranks, "moe_tp": 1}
     return _nearest(Layout(layout.pp, 1, layout.cp, tp, layout.ulysses, sp=layout.sp and tp > 1, **divided))
 

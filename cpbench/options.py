@@ -69,6 +69,7 @@ PROMPT = _rare("--prompt", "FILE", "A text as the input, in the tokens of the to
 DTYPE = _rare("--dtype", "NAME", "Of weights and activations. Default: float32 on CPU, bfloat16 on CUDA.")
 QUANT = _rare("--quant", "NAME", "Projections: none (as --dtype says) or fp8 (W8A8, scales per channel and token). Default: none.")
 ROUTER = _rare("--router", "RULE", "Of models with experts: trained (the model's own), uniform or zipf:1.2 for skewed load. Default: trained.")
+DETERMINISTIC = _flag(_WHAT, "--deterministic", "Sums and products in an order that gives every layout the same bits.", hidden=True)
 SEED = _rare("--seed", "N", "Of weights, tokens and the order of later rounds. Default: 0.")
 THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks.")
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
@@ -80,7 +81,7 @@ FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine 
 MORE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
     "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), "
-    "--dtype NAME, --quant fp8, --router RULE, --seed N, --threads N, --budget TIME, --cell-timeout TIME; "
+    "--dtype NAME, --quant fp8, --router RULE, --deterministic (the same bits in every layout), --seed N, --threads N, --budget TIME, --cell-timeout TIME; "
     "with --resume, --retry STATUSES, --force. The README explains them."
 )
 _VERIFY = "What to verify"
@@ -99,7 +100,7 @@ VERIFY_MODEL = _text(_VERIFY, "--model", "NAME", "The heads of a preset or confi
 VERIFY_DTYPE = _text(_VERIFY, "--dtype", "NAME", "Default: float32 and bfloat16.")
 VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the random batches of --deep. Default: 0.")
 VERIFY_SET = Annotated[
-    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
+    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant, deterministic.")
 ]
 _EXPLAIN = "What to explain"
 EXPLAIN_LAYOUT = Annotated[str, _option(_EXPLAIN, "--layout", "NAME", "The layout: tp4sp, cp4tp2sp, cp2tp4/ep4tp2.")]

@@ -59,6 +59,7 @@ FIELDS = (
     "page_size",
     "head_groups",
     "quant",
+    "deterministic",
     "seed",
     "device",
 )
@@ -92,6 +93,7 @@ MANY_RANKS: tuple[Fields, ...] = (
 )
 STAGES_AND_GROUPS: tuple[Fields, ...] = ({"dp": [2], "cp": [2], "tp": [1, 2]}, {"pp": [2], "cp": [2], "tp": [1]})
 ABSORBED: Fields = {"mla": "absorbed"}
+FIXED_ORDER: Fields = {"deterministic": True, "strategies": ["allgather", "ulysses"]}
 LATENT = ("deepseek-v2-tiny", "deepseek-v3.2-tiny")
 EXPERTS = ("qwen3-moe-tiny", "deepseek-v3-tiny")
 EXPERT_RANKS: tuple[Fields, ...] = ({"layouts": ["cp2tp2/ep4", "dp2cp2/ep2tp2"]},)
@@ -118,6 +120,7 @@ GRID = (
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), ranks=({"layouts": ["tp4sp", "cp2tp2sp"]},), all_partitions=False),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL | ABSORBED), configs=LATENT, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
     Part((UNEVEN | PREFILL,), configs=EXPERTS, ranks=EXPERT_RANKS, all_partitions=False),
+    Part((UNEVEN | PREFILL | FIXED_ORDER,), NARROW, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
 )
 DEEP_GRID = (
     Part((EQUAL, UNEVEN, CHUNKED, SHORT, CACHED, REMAINDERS), NARROW, ranks=MANY_RANKS),

@@ -59,21 +59,13 @@ def _deep(x_rK: Tensor, weight_cK: Tensor, dtype: torch.dtype) -> Tensor:
 def _tree(x_rK: Tensor, weight_cK: Tensor, dtype: torch.dtype) -> Tensor:
     """Tiles of inputs, each rounded to `dtype`, added in runs and runs in a binary tree."""
     tiles = x_rK.shape[1] // TILE
-    run = run_of(tiles)
-
-    def tile(index: int) -> Tensor:
-        inputs = slice(index * TILE, (index + 1) * TILE)
-        return (x_rK[:, inputs] @ weight_cK[:, inputs].T).to(dtype)
-
-    def node(first: int, runs: int) -> Tensor:
-        if runs > 1:
-            return node(first, runs // 2).add_(node(first + runs // 2, runs // 2))
-        total_rc = tile(first * run)
-        for index in range(first * run + 1, (first + 1) * run):
-            total_rc.add_(tile(index))
-        return total_rc
-
-    return node(0, tiles // run)
+    if tiles != (run := run_of(tiles)):
+        half = tiles // 2 * TILE
+        return _tree(x_rK[:, :half], weight_cK[:, :half], dtype).add_(_tree(x_rK[:, half:], weight_cK[:, half:], dtype))
+    total_rc = (x_rK[:, :TILE] @ weight_cK[:, :TILE].T).to(dtype)
+    for first in range(TILE, run * TILE, TILE):
+        total_rc.add_((x_rK[:, first : first + TILE] @ weight_cK[:, first : first + TILE].T).to(dtype))
+    return total_rc
 
 
 def _padded(rows_xK: Tensor, count: int) -> Tensor:

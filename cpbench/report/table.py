@@ -150,8 +150,15 @@ def title(group: Group) -> str:
     if len({len(batch.lengths) for batch in batches}) == 1 and len(batches[0].lengths) > 1:
         parts.append(f"batch {len(batches[0].lengths)}")
     options = common.get("options")
-    parts += [f"{name} {format_count(value) if type(value) is int else value}" for name, value in options.items()] if isinstance(options, dict) else []
+    parts += [_option(name, value) for name, value in options.items()] if isinstance(options, dict) else []
     return ", ".join(parts)
+
+
+def _option(name: str, value: object) -> str:
+    """`chunk 4,096`, `deterministic`."""
+    if value is True:
+        return name
+    return f"{name} {format_count(value) if type(value) is int else value}"
 
 
 def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Iterator[str]:

@@ -205,7 +205,7 @@ class _Gather:
 
         arrived = self.arrived()
         order = torch.from_numpy(ordered.rows.rows).to(arrived.device)
-        rows_SW = self.context.buffers.get("ordered", (len(order), arrived.shape[1]), arrived)
+        rows_SW = self.context.buffers.get("comm_ordered", (len(order), arrived.shape[1]), arrived)
         result = Accumulator(q_THD.shape[0], self.context.buffers)
         k, v = open_rows(torch.index_select(arrived, 0, order, out=rows_SW))
         self.context.kernel.attend(q_THD, k, v, ordered.segments, self.context.scale, result)

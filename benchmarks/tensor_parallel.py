@@ -1,6 +1,7 @@
-"""What sequence-parallel norms cost or save on two CPU cores: the TTFT of tp2sp over that of tp2, with one thread per rank.
+"""What sequence-parallel norms and a deterministic order cost on two CPU cores: times over those of plain tp2, with one thread per rank.
 
-    python benchmarks/sequence_parallel.py --tokens 8192 --pairs 30 --model qwen3-tiny --layers 2
+    python benchmarks/tensor_parallel.py --contender tp2sp --tokens 8192 --layers 2
+    python benchmarks/tensor_parallel.py --contender deterministic --tokens 2048 --model qwen3-0.6b --target layer
 
 Both run alternately within one process group, so drift of the machine cancels in the ratio of each pair. The control is tp2 over itself.
 Printed: median times, the median ratio and its 95% bootstrap interval.
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,20 +22,22 @@ import torch
 from cpbench.cell import Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
-from cpbench.kernels import load_kernel
+from cpbench.kernels import kernel_of
 from cpbench.launch import rank_environment
 from cpbench.layout import Layout
 from cpbench.models.presets import PRESETS
 from cpbench.program import Program
 
-CONTENDERS = {"tp2": "tp2", "control": "tp2", "tp2sp": "tp2sp"}
+CONTENDERS = {"tp2sp": "tp2sp", "deterministic": "tp2"}
 REPORT_EVERY = 10  # pairs: a long run that is cut has said something
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contender", choices=list(CONTENDERS), required=True)
     parser.add_argument("--model", default="qwen3-tiny")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--target", choices=["prefill", "layer"], default="prefill")
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--pairs", type=int, default=30)
@@ -49,14 +53,14 @@ def measure(options: argparse.Namespace) -> None:
     device = torch.device("cpu")
     start_process_groups(device)
     torch.set_num_threads(1)
-    rank, kernel = int(os.environ["RANK"]), load_kernel("cpu_flash")
+    rank, config = int(os.environ["RANK"]), PRESETS[options.model]
     mesh = Mesh(rank, 2, "cpu")
     programs = {}
-    for name, layout in CONTENDERS.items():
-        config = PRESETS[options.model]
+    for name, layout in {"tp2": "tp2", "control": "tp2", options.contender: CONTENDERS[options.contender]}.items():
         parallel = Layout.parse(layout)
-        cell = Cell("prefill", config, options.layers, parallel, "none", "contiguous", "auto", options.dtype, "cpu", (options.tokens,))
-        programs[name] = Program(cell, mesh.groups(parallel), kernel, device), mesh.groups(parallel)
+        cell = Cell(options.target, config, options.layers, parallel, "none", "contiguous", "auto", options.dtype, "cpu", (options.tokens,))
+        cell = replace(cell, deterministic=name == "deterministic")
+        programs[name] = Program(cell, mesh.groups(parallel), kernel_of(cell), device), mesh.groups(parallel)
     times: dict[str, list[float]] = {name: [] for name in programs}
     for pair in range(options.pairs + 1):
         for name in list(programs) if pair % 2 else list(programs)[::-1]:
@@ -84,7 +88,7 @@ def report(times: dict[str, list[float]]) -> None:
         ratios = np.array(seconds) / reference
         draws = np.median(random.choice(ratios, (10_000, len(ratios))), axis=1)
         low, high = np.quantile(draws, [0.025, 0.975])
-        print(f"{name:<8} {np.median(seconds):7.3f} s  {np.median(ratios):6.3f} [{low:.3f}, {high:.3f}]  n={len(ratios)}", flush=True)
+        print(f"{name:<13} {np.median(seconds):7.3f} s  {np.median(ratios):6.3f} [{low:.3f}, {high:.3f}]  n={len(ratios)}", flush=True)
 
 
 if __name__ == "__main__":
