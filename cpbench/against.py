@@ -31,7 +31,7 @@ from cpbench.plan import checkpoint_name, impossible, only_cell, text_name
 from cpbench.program import Program
 from cpbench.prompt import read_prompt
 from cpbench.scenario import Scenario, override, parse_scenario, resolve
-from cpbench.verify import COLLECTIVE_TIMEOUT, UNEVEN, Fields, cannot_run, one_thread_each
+from cpbench.verify import COLLECTIVE_TIMEOUT, NEEDS_PROCESSES, UNEVEN, Fields, cannot_run, one_thread_each
 from cpbench.verify import FIELDS as GRID_FIELDS
 
 LAYOUT_FIELDS = ("pp", "dp", "cp", "tp", "layouts")
@@ -94,7 +94,10 @@ def _only_job(scenario: Scenario) -> Job:
         names = ", ".join(dict.fromkeys(cell.label for cell in cells))
         raise CpbenchError(f"Log-probabilities are of one layout, strategy and batch, not of {len(cells)}: {names}.", f"Ask for one: {cells[0].label}.")
     cell = cells[0] if cells else only_cell(scenario)
-    if reason := cannot_run(cell):
+    reason = cannot_run(cell)
+    if reason == NEEDS_PROCESSES:
+        raise CpbenchError(f"{cell.strategy} needs processes, and ranks are threads here.", "Use cpbench sweep, which checks every cell.")
+    if reason:
         raise impossible(f"{cell.layout}{'' if cell.strategy == 'none' else f' {cell.strategy}'}", reason)
     tokens = tuple(read_prompt(scenario.weights, scenario.prompt)) if scenario.weights and scenario.prompt else None
     return Job(cell, scenario.weights, tokens)

@@ -177,7 +177,7 @@ def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list
     rule = Rule.parse(flags.temperature, flags.rounding)
     one, other = against.sides(flags.file, flags.against, fields, settings, rule, detect_machine())
     runners = [side for side in (other, one) if isinstance(side, against.Runner)]
-    console.show(console.messages(), [] if quiet else [running(runner.cell, rule) for runner in runners])
+    console.show(console.messages(), [] if quiet else [running(runner.cell) for runner in runners])
     result = against.compare(one, other, flags.trace) if one else None
     record = result.other if result else against.record_of(other)
     if flags.output:
@@ -194,9 +194,10 @@ def _refuse_useless(flags: LogProbFlags, fields: list[str], deep: bool) -> None:
     from cpbench.against import is_file
 
     first = flags.given[0]
+    if flags.file and not flags.against:
+        raise CpbenchError(f"{flags.file} is to be compared, and nothing says with what.", "Add --against LAYOUT or --against FILE.")
     if not (flags.against or flags.output):
-        message = f"{first} is for log-probabilities that are compared or stored."
-        raise CpbenchError(message, f"Add --against LAYOUT or FILE{'' if flags.file else ', or -o FILE'}.")
+        raise CpbenchError(f"{first} is for log-probabilities that are compared or stored.", "Add --against LAYOUT or FILE, or -o FILE.")
     if deep:
         raise CpbenchError(f"--deep is for the grid, and {first} is for one layout.", "Leave --deep out.")
     files = [name for name in (str(flags.file or ""), flags.against or "") if name and is_file(name)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -138,3 +139,12 @@ def write_log_probs(record: LogProbs, file: Path) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise CpbenchError(f"{file} cannot be written: {error.strerror}.", "Choose another file with -o.") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of such a file; `python -m cpbench.logprob_record` prints it, and results/logprobs.schema.json is that."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **LogProbs.model_json_schema(by_alias=True)}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json_schema(), indent=1) + "\n")

@@ -102,7 +102,7 @@ VERIFY_SET = Annotated[
     list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
 ]
 _LOGPROBS = "Log-probabilities of one layout, instead of the grid"
-VERIFY_FILE = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Log-probabilities stored by -o, to be compared.", show_default=False)]
+VERIFY_FILE = Annotated[Path | None, typer.Argument(metavar="FILE", help="Log-probabilities stored by -o, to be compared.", show_default=False)]
 AGAINST = _text(
     _LOGPROBS, "--against", "LAYOUT|FILE", "Compare those of --layouts (--cp, --tp; default: one rank), or of FILE, with these. Exit code 1 if a bit differs."
 )

@@ -17,7 +17,6 @@ from cpbench.agreement import Agreement
 from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.logprob_record import LogProbs
-from cpbench.logprobs import Rule
 from cpbench.report.verification import title_of
 
 RULE = "=" * 60
@@ -26,16 +25,17 @@ LABELS = ("Bitwise identical", "Tokens checked", "Tokens different", "Max delta"
 MAX_RANGES = 8  # of tokens that are named in the text
 
 
-def running(cell: Cell, rule: Rule) -> str:
+def running(cell: Cell) -> str:
     """What is about to run."""
-    return f"{cell.layout} {cell.strategy} {cell.partition}, ranks as threads: {title_of(cell)}, {rule.rounding}, temperature {rule.temperature:g}"
+    return f"{cell.layout} {cell.strategy} {cell.partition}: {title_of(cell)}"
 
 
 def agreement_view(found: Comparison, traced: bool) -> Iterator[str]:
     """Which two, the block, and the first module that differs where that was asked for."""
     one, other = found.one, found.other
     alike = [name for name in ("dtype", "rounding") if _named(one)[name] == _named(other)[name]]
-    yield f"{_name(other, alike)} against {_name(one, alike)}: {_common(one, alike)}"
+    yield f"{_name(other, alike)} against {_name(one, alike)}"
+    yield _common(one, alike)
     yield from block(found.agreement)
     if traced:
         yield from _divergence(found)
@@ -53,7 +53,7 @@ def block(numbers: Agreement) -> Iterator[str]:
 def _divergence(found: Comparison) -> Iterator[str]:
     parted, lengths = found.divergence, found.one.key.lengths
     if parted is None:
-        yield f"no module differs: the outputs of all, from embedding to logits, have the same bits for all {sum(lengths):,} tokens"
+        yield f"no module differs: from embedding to logits, all outputs have the same bits for all {sum(lengths):,} tokens"
         return
     yield f"first difference: {parted.module}, {len(parted.tokens):,} of {sum(lengths):,} tokens"
     yield f"relative RMSE {parted.relative_rmse:.2e}, largest absolute difference {parted.max_error:.2e}"
