@@ -17,7 +17,7 @@ from cpbench.agreement import Agreement, agreement
 from cpbench.axes import cells_of
 from cpbench.cell import Cell
 from cpbench.defaults import model_of
-from cpbench.distributed.local import LocalWorld
+from cpbench.distributed.local import LocalWorld, one_thread_each
 from cpbench.distributed.mesh import local_groups
 from cpbench.divergence import Divergence, Trace, first_difference, measured
 from cpbench.environment import Machine
@@ -31,7 +31,7 @@ from cpbench.plan import checkpoint_name, impossible, only_cell, text_name
 from cpbench.program import Program
 from cpbench.prompt import read_prompt
 from cpbench.scenario import Scenario, override, parse_scenario, resolve
-from cpbench.verify import COLLECTIVE_TIMEOUT, NEEDS_PROCESSES, UNEVEN, Fields, cannot_run, one_thread_each
+from cpbench.verify import COLLECTIVE_TIMEOUT, NEEDS_PROCESSES, UNEVEN, Fields, cannot_run
 from cpbench.verify import FIELDS as GRID_FIELDS
 
 LAYOUT_FIELDS = ("pp", "dp", "cp", "tp", "layouts")
@@ -164,6 +164,8 @@ def sides(file: Path | None, reference: str | None, fields: Fields, settings: Se
         None if reference is None or is_file(reference) else job_of(fields, settings, reference, machine),
         None if file else job_of(fields, settings, None, machine),
     ]
+    if jobs != [None, None] and "strategies" in fields and not any(job and job.cell.layout.cp > 1 for job in jobs):
+        raise CpbenchError("--strategy is for context-parallel layouts, and none is to run.", "Leave --strategy out, or use --layouts cp2.")
     layers = max((job.cell.layers for job in jobs if job), default=0)  # pipeline stages may have asked for more
     files = Path(reference) if reference is not None else None, file
     one, other = (Runner(job.with_layers(layers), rule) if job else read_log_probs(path) if path else None for job, path in zip(jobs, files, strict=True))
@@ -173,7 +175,7 @@ def sides(file: Path | None, reference: str | None, fields: Fields, settings: Se
 
 def is_file(side: str) -> bool:
     """Whether a side is named as a file, not as a layout."""
-    return side.endswith(".json") or Path(side).exists()
+    return side.endswith(".json") or Path(side).is_file()
 
 
 def record_of(side: Side) -> LogProbs:
@@ -185,8 +187,7 @@ def compare(one: Side, other: Side, trace: bool = False) -> Comparison:
     """Two sides; with `trace`, of two layouts, also where they part. Raises CpbenchError where they cannot be compared."""
     if trace and isinstance(one, Runner) and isinstance(other, Runner):
         return _traced(one, other)
-    records = record_of(one), record_of(other)
-    return _compared(*records)
+    return _compared(record_of(one), record_of(other))
 
 
 def _compared(one: LogProbs, other: LogProbs, divergence: Divergence | None = None) -> Comparison:

@@ -171,7 +171,7 @@ def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list
     from cpbench.report import console
     from cpbench.report.agreement import agreement_json, agreement_view, record_line, running
 
-    _refuse_useless(flags, [*fields, *(["set"] if settings else [])], deep)
+    _refuse_useless(flags, fields, settings, deep)
     if flags.output:
         refuse_existing(flags.output)
     rule = Rule.parse(flags.temperature, flags.rounding)
@@ -189,9 +189,9 @@ def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list
     return int(result is not None and not result.agreement.identical)
 
 
-def _refuse_useless(flags: LogProbFlags, fields: list[str], deep: bool) -> None:
+def _refuse_useless(flags: LogProbFlags, fields: dict[str, Any], settings: list[str], deep: bool) -> None:
     """Raise for a flag that would change nothing."""
-    from cpbench.against import is_file
+    from cpbench.against import LAYOUT_FIELDS, is_file
 
     first = flags.given[0]
     if flags.file and not flags.against:
@@ -206,13 +206,12 @@ def _refuse_useless(flags: LogProbFlags, fields: list[str], deep: bool) -> None:
         raise CpbenchError("--trace-divergence looks into two layouts while they run.", hint)
     if flags.file and flags.output:
         raise CpbenchError(f"-o stores what is run, and {flags.file} is stored.", "Leave -o out.")
-    run = [name for name in ("--temperature", "--rounding") if name in flags.given]
     names = {"strategies": "--strategy", "batches": "--lengths"}
-    given = [*run, *(names.get(name, f"--{name}") for name in fields)] if len(files) > 1 else []
-    if flags.file:  # its layout is not to be run
-        given += [f"--{name}" for name in ("layouts", "cp", "tp") if name in fields]
-    if given:
-        raise CpbenchError(f"{flags.file} says what was run, and {given[0]} would change nothing.", f"Leave {given[0]} out, or {flags.file}.")
+    given = {name: names.get(name, f"--{name}") for name in fields} | {name: f"--set {name}" for name in (text.partition("=")[0].strip() for text in settings)}
+    given |= {name: name for name in ("--temperature", "--rounding") if name in flags.given}
+    useless = [flag for name, flag in given.items() if len(files) > 1 or (flags.file and name in LAYOUT_FIELDS)]
+    if useless:
+        raise CpbenchError(f"{flags.file} says what was run, and {useless[0]} would change nothing.", f"Leave {useless[0]} out, or {flags.file}.")
 
 
 def print_result(result: ResultFile, as_json: bool) -> None:

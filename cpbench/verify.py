@@ -10,18 +10,15 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from cpbench.answer import Answer, solve
 from cpbench.axes import BASELINE, GROUPED, cells_of
 from cpbench.cell import Cell
-from cpbench.distributed.local import LocalWorld
+from cpbench.distributed.local import LocalWorld, one_thread_each
 from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError, unknown
@@ -309,17 +306,6 @@ class Verifier:
         if not check.passed:
             return Row(cell, "wrong", check.reason, check)
         return Row(cell, "off" if cell.cp_off else "ok", cell.cp_off, check)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Ranks that are threads compute at the same time, and their small operators are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _raised(error: Exception) -> str:
