@@ -154,6 +154,7 @@ def sweep(
 
 @app.command()
 def verify(
+    file: options.VERIFY_FILE = None,
     strategy: options.VERIFY_STRATEGY = None,
     cp: options.VERIFY_CP = None,
     tp: options.VERIFY_TP = None,
@@ -166,10 +167,15 @@ def verify(
     seed: options.VERIFY_SEED = None,
     setting: options.VERIFY_SET = None,
     deep: options.DEEP = False,
+    against: options.AGAINST = None,
+    trace: options.TRACE = False,
+    temperature: options.TEMPERATURE = None,
+    rounding: options.ROUNDING = None,
+    output: options.VERIFY_OUTPUT = None,
     as_json: options.JSON = False,
     quiet: options.QUIET = False,
 ) -> int:
-    """Verify strategies, partitions and layouts against one device in fp64. Exit code 1 if one is wrong."""
+    """Verify strategies, partitions and layouts against one device in fp64, or one layout against another. Exit code 1 if one is wrong."""
     from cpbench.batch import flag_batches
 
     if prefix and not lengths:
@@ -178,6 +184,9 @@ def verify(
     fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     fields |= {name: value for name, value in (("chunk", chunk), ("model", model), ("dtype", dtype), ("seed", seed)) if value is not None}
+    asked = commands.LogProbFlags(file, against, output, trace, temperature, rounding)
+    if asked.given:
+        return commands.verify_log_probs(asked, fields, setting or [], deep, as_json, quiet)
     return commands.verify(fields, setting or [], deep, as_json, quiet)
 
 

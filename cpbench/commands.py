@@ -141,6 +141,79 @@ def verify(fields: dict[str, Any], settings: list[str], deep: bool, as_json: boo
     return INTERRUPTED if interrupted else int(any(row.verdict == "wrong" for row in rows))
 
 
+@dataclass(frozen=True)
+class LogProbFlags:
+    """The flags of `verify` that ask for log-probabilities instead of the grid."""
+
+    file: Path | None
+    against: str | None
+    output: Path | None
+    trace: bool
+    temperature: str | None
+    rounding: str | None
+
+    @property
+    def given(self) -> list[str]:
+        """Those that were given, as they are written."""
+        names: dict[str, object] = {"FILE": self.file, "--temperature": self.temperature, "--rounding": self.rounding}
+        names |= {"--against": self.against, "-o": self.output, "--trace-divergence": self.trace or None}
+        return [name for name, value in names.items() if value is not None]
+
+
+def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list[str], deep: bool, as_json: bool, quiet: bool) -> int:
+    """Run one layout, or read a file, compare with another one or a file, print, store. Exit code 1 where they are not identical."""
+    import json
+
+    from cpbench import against
+    from cpbench.environment import detect_machine
+    from cpbench.logprob_record import refuse_existing, write_log_probs
+    from cpbench.logprobs import Rule
+    from cpbench.report import console
+    from cpbench.report.agreement import agreement_json, agreement_view, record_line, running
+
+    _refuse_useless(flags, fields, settings, deep)
+    if flags.output:
+        refuse_existing(flags.output)
+    rule = Rule.parse(flags.temperature, flags.rounding)
+    one, other = against.sides(flags.file, flags.against, fields, settings, rule, detect_machine())
+    runners = [side for side in (other, one) if isinstance(side, against.Runner)]
+    console.show(console.messages(), [] if quiet else [running(runner.cell) for runner in runners])
+    result = against.compare(one, other, flags.trace) if one else None
+    record = result.other if result else against.record_of(other)
+    if flags.output:
+        write_log_probs(record, flags.output)
+    if as_json:
+        console.show_json(json.dumps(agreement_json(result), indent=1) if result else record.model_dump_json(by_alias=True, indent=1))
+    else:
+        console.show(console.output(), agreement_view(result, flags.trace) if result else [record_line(record)])
+    return int(result is not None and not result.agreement.identical)
+
+
+def _refuse_useless(flags: LogProbFlags, fields: dict[str, Any], settings: list[str], deep: bool) -> None:
+    """Raise for a flag that would change nothing."""
+    from cpbench.against import LAYOUT_FIELDS, is_file
+
+    first = flags.given[0]
+    if flags.file and not flags.against:
+        raise CpbenchError(f"{flags.file} is to be compared, and nothing says with what.", "Add --against LAYOUT or --against FILE.")
+    if not (flags.against or flags.output):
+        raise CpbenchError(f"{first} is for log-probabilities that are compared or stored.", "Add --against LAYOUT or FILE, or -o FILE.")
+    if deep:
+        raise CpbenchError(f"--deep is for the grid, and {first} is for one layout.", "Leave --deep out.")
+    files = [name for name in (str(flags.file or ""), flags.against or "") if name and is_file(name)]
+    if flags.trace and (files or not flags.against):
+        hint = "Give two layouts: --layouts cp2 --against cp1 --trace-divergence."
+        raise CpbenchError("--trace-divergence looks into two layouts while they run.", hint)
+    if flags.file and flags.output:
+        raise CpbenchError(f"-o stores what is run, and {flags.file} is stored.", "Leave -o out.")
+    names = {"strategies": "--strategy", "batches": "--lengths"}
+    given = {name: names.get(name, f"--{name}") for name in fields} | {name: f"--set {name}" for name in (text.partition("=")[0].strip() for text in settings)}
+    given |= {name: name for name in ("--temperature", "--rounding") if name in flags.given}
+    useless = [flag for name, flag in given.items() if len(files) > 1 or (flags.file and name in LAYOUT_FIELDS)]
+    if useless:
+        raise CpbenchError(f"{flags.file} says what was run, and {useless[0]} would change nothing.", f"Leave {useless[0]} out, or {flags.file}.")
+
+
 def print_result(result: ResultFile, as_json: bool) -> None:
     from cpbench.report import console
     from cpbench.report.table import result_view

@@ -282,6 +282,18 @@ class Communicator:
             self._cp.all_reduce(last_BM)
         return last_BM
 
+    def together(self, x_nM: Tensor, weights: Axes) -> Tensor:
+        """The rows that a product by weights cut over the axes `weights` must see: this rank's, and those of others where an axis cuts both."""
+        return self._gathered(x_nM, spans_of(self._groups.layout, weights))
+
+    def whole_logits(self, logits_nV: Tensor) -> Tensor:
+        """Logits [n, V] on every tensor-parallel rank, from the vocabulary shard [n, V / tp] that each has of the same rows."""
+        if self._tp.size == 1:
+            return logits_nV
+        shards = logits_nV.new_empty(self._tp.size * len(logits_nV), logits_nV.shape[1])
+        self._tp.all_gather(shards, logits_nV.contiguous()).wait()
+        return torch.cat(shards.chunk(self._tp.size), 1)
+
     def greedy(self, logits_BV: Tensor, first: int) -> tuple[list[int], list[float]]:
         """Arg-max over the vocabulary shards, and the gap to the runner-up, both from fp32 logits. The lowest index wins a tie.
 

@@ -102,6 +102,15 @@ VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the r
 VERIFY_SET = Annotated[
     list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant, deterministic.")
 ]
+_LOGPROBS = "Log-probabilities of one layout, instead of the grid"
+VERIFY_FILE = Annotated[Path | None, typer.Argument(metavar="FILE", help="Log-probabilities stored by -o, to be compared.", show_default=False)]
+AGAINST = _text(
+    _LOGPROBS, "--against", "LAYOUT|FILE", "Compare those of --layouts (--cp, --tp; default: one rank), or of FILE, with these. Exit code 1 if a bit differs."
+)
+TRACE = _flag(_LOGPROBS, "--trace-divergence", "Name the first module whose output differs between two layouts, and its error.")
+TEMPERATURE = _text(_LOGPROBS, "--temperature", "T", "Divides logits. Default: 1.")
+ROUNDING = _text(_LOGPROBS, "--rounding", "NAME", "trainer-fp32 (logits to fp32 first) or rollout (all in --dtype). Default: trainer-fp32.")
+VERIFY_OUTPUT = _path(_LOGPROBS, "--output -o", "Store the log-probabilities and what they are of.")
 _EXPLAIN = "What to explain"
 EXPLAIN_LAYOUT = Annotated[str, _option(_EXPLAIN, "--layout", "NAME", "The layout: tp4sp, cp4tp2sp, cp2tp4/ep4tp2.")]
 EXPLAIN_LAYER = Annotated[int | None, _option(_EXPLAIN, "--layer", "N", "One decoder layer, from 0 on. Default: the whole pass.")]

@@ -97,7 +97,7 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
     plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
-    weights, prompt = _weights(scenario, config), _prompt(scenario, config)
+    weights, prompt = checkpoint_name(scenario, config), text_name(scenario, config)
     cells = _distinct(cells_of(scenario, config, weights, prompt))
     _refuse_left_out(scenario, cells, plan.left_out)
     _require_partition(scenario, cells)
@@ -107,7 +107,7 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     return replace(plan, cells=tuple(planned))
 
 
-def _weights(scenario: Scenario, config: ModelConfig) -> str | None:
+def checkpoint_name(scenario: Scenario, config: ModelConfig) -> str | None:
     """The name of the checkpoint, if there is one. Raises CpbenchError where it is not one of the model."""
     if not scenario.weights:
         return None
@@ -116,7 +116,7 @@ def _weights(scenario: Scenario, config: ModelConfig) -> str | None:
     return checkpoint.name
 
 
-def _prompt(scenario: Scenario, config: ModelConfig) -> str | None:
+def text_name(scenario: Scenario, config: ModelConfig) -> str | None:
     """The name of the prompt, if there is one. Raises CpbenchError where its tokens are not those of the model."""
     if not scenario.prompt or not scenario.weights:
         return None
@@ -151,7 +151,7 @@ def only_cell(scenario: Scenario) -> Cell:
         raise CpbenchError(f"{left.name} cannot run: {left.reason}.", f"The nearest valid layout is {left.nearest}.")
     reasons = [unsupported(cell) for cell in cells]
     if None not in reasons:
-        raise _impossible(str(cells[0].layout), reasons[0] or "")
+        raise impossible(str(cells[0].layout), reasons[0] or "")
     return cells[reasons.index(None)]
 
 
@@ -255,7 +255,7 @@ def _require_partition(scenario: Scenario, cells: Sequence[Cell]) -> None:
 def _refuse_left_out(scenario: Scenario, cells: Sequence[Cell], left: Sequence[LeftOut]) -> None:
     """Raise for a layout that was asked for by name, and where nothing of what was asked for is left."""
     if left and (scenario.layouts or not any(_asked(scenario, cell) for cell in cells)):
-        raise _impossible(left[0].name, f"{left[0].reason}; the nearest valid layout is {left[0].nearest}")
+        raise impossible(left[0].name, f"{left[0].reason}; the nearest valid layout is {left[0].nearest}")
 
 
 def _asked(scenario: Scenario, cell: Cell) -> bool:
@@ -269,10 +269,10 @@ def _refuse_impossible(scenario: Scenario, planned: list[PlannedCell]) -> None:
     if scenario.head_groups > 1 and not any(p.cell.strategy == GROUPED for p in asked):
         raise CpbenchError(f"head_groups is for {GROUPED}, which is not among the strategies.", f"Add --strategy {GROUPED}, or leave head_groups out.")
     if all(p.status == "unsupported" for p in asked) and all(_memory_reason(p.cell) == p.reason for p in asked):
-        raise _impossible("", asked[0].reason or "")
+        raise impossible("", asked[0].reason or "")
     for name, cells in _requested(scenario, asked):
         if cells and all(p.status == "unsupported" for p in cells):
-            raise _impossible(name, cells[0].reason or "")
+            raise impossible(name, cells[0].reason or "")
 
 
 def _requested(scenario: Scenario, planned: list[PlannedCell]) -> Iterator[tuple[str, list[PlannedCell]]]:
@@ -297,7 +297,7 @@ def _requested(scenario: Scenario, planned: list[PlannedCell]) -> Iterator[tuple
         yield f"seq={seq}", [p for p in planned if p.cell.lengths[0] == seq]
 
 
-def _impossible(asked: str, reason: str) -> CpbenchError:
+def impossible(asked: str, reason: str) -> CpbenchError:
     """A reason with the nearest valid value behind a semicolon as the error of the whole sweep. `asked`: the value that it is about, if one is."""
     text, _, nearest = reason.partition("; ")
     if not asked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from cpbench.formulas import cached_tokens
 from cpbench.kernels.base import Kernel
 from cpbench.layout import Layout
 from cpbench.models.attention import HeadSlice
-from cpbench.models.decoder import FirstTokens, Slice
+from cpbench.models.decoder import FirstTokens, Slice, Watch, shown
 from cpbench.models.held import Models
 from cpbench.models.latent import absorb_queries, kv_b_weight, latent_rows, release_outputs
 from cpbench.models.rope import softmax_scale
@@ -100,6 +100,7 @@ class Program:
         self.inputs: list[Tensor] = []
         self.parameters: list[Tensor] = []
         self.keeps_rows = len(self.steps) == 1  # of chunks, a server keeps the rows of the one at hand
+        self.watch: Callable[[Tensor, str, Tensor], None] | None = None  # of a prefill: tokens [n], a module, and its output [n, M] for them
         self.run, self.prepare = self._build()
 
     def _cache(self) -> tuple[KVCache, list[StepCache]]:
@@ -280,7 +281,7 @@ class Program:
         outputs: list[Tensor] = []
         for index, step in enumerate(self.steps):
             x_nM = self._embed(ids, step) if pipeline.is_first else pipeline.receive(index)
-            x_nM = self.decoder.run_layers(x_nM, step.positions, step.attention, step.communicator)
+            x_nM = self.decoder.run_layers(x_nM, step.positions, step.attention, step.communicator, self.watching(step))
             if pipeline.is_last:
                 outputs.append(x_nM)
                 for sequence, row in step.last_rows.items():
@@ -295,7 +296,11 @@ class Program:
     def _embed(self, ids: Tensor, step: Step) -> Tensor:
         if step.attention is None:
             return torch.empty(0, self.cell.config.hidden, dtype=self.dtype, device=self.device)
-        return self.decoder.embed(ids[step.rows], step.communicator)
+        return shown(self.watching(step), self.decoder.embed(ids[step.rows], step.communicator), "embedding")
+
+    def watching(self, step: Step) -> Watch | None:
+        """Who watches, told of which tokens the rows are that are held in a step."""
+        return None if self.watch is None else partial(self.watch, self.tokens[step.held])
 
     def _first_tokens(self, last_BM: Tensor) -> FirstTokens:
         """Of this part's sequences, on the last stage."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,7 @@ SCHEMA: Final = "cpbench.result"
 SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 256 << 20
 
+Stored = TypeVar("Stored", bound=BaseModel)
 Status = Literal["ok", "oom", "timeout", "crash", "wrong", "unsupported", "skipped", "interrupted"]
 FAILED: tuple[Status, ...] = ("oom", "timeout", "crash", "wrong", "interrupted")
 
@@ -154,21 +155,26 @@ class ResultFile(_Model):
 def read(path: str | Path) -> ResultFile:
     """Read a result file or a journal. Raises CpbenchError (exit code 4) for anything that is not one."""
     file = Path(path)
-    try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise CpbenchError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB.", "A result file is a few megabytes: is this the right file?", UNREADABLE)
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CpbenchError(f"{file} does not exist.", _nearest_file(file), UNREADABLE) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CpbenchError(f"{file} cannot be read.", f"{error}", UNREADABLE) from error
+    text = read_text(file)
     try:
         data = _fold(text) if file.suffix == ".jsonl" else json.loads(text)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         hint = f"It was cut or is not from cpbench; a journal beside it ({file.stem}.jsonl) may hold the data."
         raise CpbenchError(f"{file} is not a complete JSON file.", hint, UNREADABLE) from error
-    return _checked(data, file)
+    return checked(data, file, ResultFile, SCHEMA, SCHEMA_VERSION)
+
+
+def read_text(file: Path) -> str:
+    """A file of cpbench's as it is, if it is not too large. Raises CpbenchError (exit code 4) where it cannot be read."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise CpbenchError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB.", "A result file is a few megabytes: is this the right file?", UNREADABLE)
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise CpbenchError(f"{file} does not exist.", _nearest_file(file), UNREADABLE) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CpbenchError(f"{file} cannot be read.", f"{error}", UNREADABLE) from error
 
 
 def load(pattern: str | Path | Iterable[str | Path]) -> list[ResultFile]:
@@ -183,18 +189,20 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ResultFile.model_json_schema(by_alias=True)}
 
 
-def _checked(data: Any, file: Path) -> ResultFile:
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise CpbenchError(f"{file} is not a cpbench result.", f'A result has "schema": "{SCHEMA}" at its top.', UNREADABLE)
-    version = data.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise CpbenchError(f"{file} has schema version {version!r}; this cpbench reads up to {SCHEMA_VERSION}.", "Install a newer cpbench.", UNREADABLE)
+def checked(data: Any, file: Path, model: type[Stored], schema: str, version: int) -> Stored:
+    """The content of a file as its model. Raises CpbenchError (exit code 4) where it is of another schema, or breaks it."""
+    kind = schema.removeprefix("cpbench.")
+    if not isinstance(data, dict) or data.get("schema") != schema:
+        raise CpbenchError(f"{file} is not a cpbench {kind}.", f'A {kind} has "schema": "{schema}" at its top.', UNREADABLE)
+    found = data.get("schema_version")
+    if not isinstance(found, int) or found > version:
+        raise CpbenchError(f"{file} has schema version {found!r}; this cpbench reads up to {version}.", "Install a newer cpbench.", UNREADABLE)
     try:
-        return ResultFile.model_validate(data)
+        return model.model_validate(data)
     except (ValidationError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("?",), "msg": "too deeply nested"}
         where = ".".join(str(part) for part in first["loc"])
-        raise CpbenchError(f"{file} breaks the result schema at {where}: {first['msg']}.", "The file was edited or damaged.", UNREADABLE) from error
+        raise CpbenchError(f"{file} breaks the {kind} schema at {where}: {first['msg']}.", "The file was edited or damaged.", UNREADABLE) from error
 
 
 def _fold(text: str) -> dict[str, Any]:

@@ -15,12 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from cpbench.answer import Answer, solve
 from cpbench.axes import BASELINE, GROUPED, cells_of
 from cpbench.cell import Cell
-from cpbench.distributed.local import LocalWorld
+from cpbench.distributed.local import LocalWorld, one_thread_each
 from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError, unknown
@@ -170,7 +168,7 @@ def grid(asked: Fields, device: str, *, deep: bool) -> list[Cell | Row]:
     entries: dict[object, Cell | Row] = {}
     refused: list[Row] = []
     for cell in dict.fromkeys(cell for part in parts for cell in _cells(part, asked, device)):
-        reason = _cannot_run(cell)
+        reason = _too_long(cell) or cannot_run(cell)
         if reason is None:
             entries[cell] = cell
             continue
@@ -243,13 +241,19 @@ def _fits(name: str, ranks: Fields) -> bool:
     return degrees is None or degrees[0] * degrees[1] in ranks.get("cp", ())
 
 
-def _cannot_run(cell: Cell) -> str | None:
-    """Why a cell will not run here, with the nearest valid value behind a semicolon."""
-    tokens, shape = cell.tokens + sum(cell.prefixes), cell.shape
+def _too_long(cell: Cell) -> str | None:
+    """Why a batch has no truth to be held against, with the nearest valid value behind a semicolon."""
+    tokens = cell.tokens + sum(cell.prefixes)
+    if tokens <= MAX_TOKENS or cell.world_size > MAX_RANKS:
+        return None
+    return f"{tokens:,} new and cached tokens are too many for the dense fp64 truth; the nearest valid number is {MAX_TOKENS:,}"
+
+
+def cannot_run(cell: Cell) -> str | None:
+    """Why a cell will not run as threads of one process, with the nearest valid value behind a semicolon."""
+    shape = cell.shape
     if cell.world_size > MAX_RANKS:
         return f"{cell.layout} has {cell.world_size} ranks, and as threads of one process they are at most {MAX_RANKS}; sweeps check more"
-    if tokens > MAX_TOKENS:
-        return f"{tokens:,} new and cached tokens are too many for the dense fp64 truth; the nearest valid number is {MAX_TOKENS:,}"
     if reason := unsupported(cell):
         return reason
     if _brings_collectives(cell):
@@ -297,14 +301,11 @@ class Verifier:
         def rank_program(rank: int) -> list[Answer]:
             return solve(cell, local_groups(cell.layout, world, rank), kernel, self._device, self._models[rank])
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # ranks compute at the same time, and their small operators are slower on several threads
         try:
-            check = judge(world.run(rank_program)[0], kernel, self._one_device)
+            with one_thread_each():
+                check = judge(world.run(rank_program)[0], kernel, self._one_device)
         except Exception as error:
             return Row(cell, "wrong", _raised(error))
-        finally:
-            torch.set_num_threads(threads)
         if not check.passed:
             return Row(cell, "wrong", check.reason, check)
         return Row(cell, "off" if cell.cp_off else "ok", cell.cp_off, check)

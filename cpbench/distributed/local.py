@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,17 @@ class LocalWorld:
             places = ", ".join(f"rank {rank} over {waiting[rank]}" for rank in sorted(waiting))
             raise RuntimeError(f"the ranks do not call the same collectives: in vain waited {places}")
         return results
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Ranks that are threads compute at the same time, and their small operators are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Meeting:

@@ -7,7 +7,7 @@ the parallel attention inside one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,6 +32,16 @@ from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
 
 EMBEDDING = "model.embed_tokens.weight"
+# what a layer shows to who watches it, in the order in which it runs: rows [n, M] that a rank holds between blocks
+SHOWN = ("input norm", "attention", "residual after attention", "feed-forward norm", "feed-forward", "residual")
+Watch = Callable[[str, Tensor], None]  # a module by name, and its output, which is only to be looked at
+
+
+def shown(watch: Watch | None, x_nM: Tensor, module: str, layer: int | None = None) -> Tensor:
+    """The output of a module, which who watches has seen."""
+    if watch is not None:
+        watch(module if layer is None else f"layer {layer}, {module}", x_nM)
+    return x_nM
 
 
 @dataclass(frozen=True)
@@ -88,14 +98,20 @@ class DecoderLayer:
         self.input_norm = weights.norm(f"{prefix}.input_layernorm.weight", config.hidden)
         self.mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm.weight", config.hidden)
 
-    def forward(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
+    def forward(
+        self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention | None, communicator: Communicator, watch: Watch | None = None
+    ) -> Tensor:
         """Adds this layer to `x_nM` in place. Without attention (and rows) the rank only helps with the tokens of others."""
+        index, eps = self.index, self.eps
         if attention is not None:
             block = self.attention
-            partial = block.forward(communicator.incoming(rms_norm(x_nM, self.input_norm, self.eps), block.axes), cos, sin, attention, self.index)
-            x_nM.add_(communicator.complete(partial))
-            del partial
-        return x_nM.add_(self.mlp.forward(lambda: rms_norm(x_nM, self.mlp_norm, self.eps), communicator))
+            normed = communicator.incoming(shown(watch, rms_norm(x_nM, self.input_norm, eps), "input norm", index), block.axes)
+            partial = block.forward(normed, cos, sin, attention, index)
+            x_nM.add_(shown(watch, communicator.complete(partial), "attention", index))
+            del normed, partial
+            shown(watch, x_nM, "residual after attention", index)
+        out_nM = self.mlp.forward(lambda: shown(watch, rms_norm(x_nM, self.mlp_norm, eps), "feed-forward norm", index), communicator)
+        return shown(watch, x_nM.add_(shown(watch, out_nM, "feed-forward", index)), "residual", index)
 
 
 @dataclass(frozen=True)
@@ -137,16 +153,26 @@ class Decoder:
         x_nM = F.embedding(local.masked_fill_(elsewhere, 0), self.embedding)
         return communicator.complete(Partial(x_nM.masked_fill_(elsewhere[:, None], 0), VOCABULARY))
 
-    def run_layers(self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator) -> Tensor:
-        """This stage's layers over the hidden states of this rank's tokens, in place."""
+    def run_layers(
+        self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator, watch: Watch | None = None
+    ) -> Tensor:
+        """This stage's layers over the hidden states of this rank's tokens, in place. `watch` is called with what SHOWN names, of each layer."""
         cos, sin = cos_sin(positions_n, self.config.rotary_dim, self.config.rope_theta, self.config.yarn)
         for layer in self.layers:
-            x_nM = layer.forward(x_nM, cos, sin, attention, communicator)
+            x_nM = layer.forward(x_nM, cos, sin, attention, communicator, watch)
         return x_nM
+
+    def final_normed(self, x_nM: Tensor) -> Tensor:
+        """The input [n, M] of the head."""
+        return rms_norm(x_nM, self.final_norm, self.config.norm_eps)
+
+    def logits(self, normed_nM: Tensor) -> Tensor:
+        """This rank's vocabulary shard [n, V / tp] of the logits of normed rows, in the model's dtype."""
+        return linear(normed_nM, self.head)
 
     def first_tokens(self, last_BM: Tensor, communicator: Communicator) -> FirstTokens:
         """Final norm and head on the last token of each sequence only: a server needs no other logits of a prefill."""
-        logits_BV = linear(rms_norm(last_BM, self.final_norm, self.config.norm_eps), self.head).float()
+        logits_BV = self.logits(self.final_normed(last_BM)).float()
         tokens, margins = communicator.greedy(logits_BV, self.vocabulary.start)
         return FirstTokens(tokens, margins, logits_BV)
 
