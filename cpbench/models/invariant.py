@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cpbench.deterministic import COLUMNS, DEPTH, ROWS, TILE, run_of
+from cpbench.distributed.deterministic import tree_sum
 
+RUN_VALUES = 1 << 27  # values of all runs that exist at a time on CUDA
 SERIAL = 1 << 14  # values that an elementwise operation surely does on one thread
 VECTOR = 16  # values that the widest vector operation takes twice of: a multiple of it leaves no rest that would be computed another way
 
@@ -37,6 +40,8 @@ def invariant_linear(x_nK: Tensor, weight: InvariantWeight) -> Tensor:
     (n, inputs), weight_NK = x_nK.shape, weight.values
     if weight.is_summed and inputs % TILE:
         raise ValueError(f"{inputs} inputs are no multiple of the tile of {TILE}")
+    if x_nK.is_cuda and x_nK.dtype != torch.float64 and find_spec("triton"):
+        return _in_runs(x_nK, weight)
     wide = torch.promote_types(x_nK.dtype, torch.float32)
     product = _tree if weight.is_summed else _deep
     wide_nK, out_nN = x_nK.to(wide), x_nK.new_empty(n, len(weight_NK))
@@ -45,6 +50,21 @@ def invariant_linear(x_nK: Tensor, weight: InvariantWeight) -> Tensor:
         for r in range(0, n, ROWS):
             out_rc = out_nN[r : r + ROWS, c : c + COLUMNS]
             out_rc.copy_(product(_padded(wide_nK[r : r + ROWS], ROWS), columns_cK, x_nK.dtype)[: len(out_rc), : out_rc.shape[1]])
+    return out_nN
+
+
+def _in_runs(x_nK: Tensor, weight: InvariantWeight) -> Tensor:
+    """The same by a Triton kernel, as many rows at a time as there is space for all runs."""
+    from cpbench.models.invariant_triton import runs_of_products
+
+    (n, inputs), outputs = x_nK.shape, len(weight.values)
+    run = run_of(inputs // TILE) if weight.is_summed else None
+    runs = inputs // TILE // run if run else 1
+    out_nN = x_nK.new_empty(n, outputs)
+    step = max(1, RUN_VALUES // (runs * outputs))
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        out_nN[rows] = tree_sum(runs_of_products(x_nK[rows], weight.values, run).unbind())
     return out_nN
 
 

@@ -6,6 +6,8 @@ what it does: there is no split of the inputs, and no choice that depends on how
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,11 +18,11 @@ from cpbench.deterministic import TILE
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _run(
-    x, w, out, rows, columns, inputs, x_stride, w_stride,
+    x: Any, w: Any, out: Any, rows: Any, columns: Any, inputs: Any, x_stride: Any, w_stride: Any,
     RUN_INPUTS: tl.constexpr, ROUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2) * RUN_INPUTS
