@@ -165,6 +165,7 @@ def verify(
     model: options.VERIFY_MODEL = None,
     dtype: options.VERIFY_DTYPE = None,
     seed: options.VERIFY_SEED = None,
+    deterministic: options.VERIFY_DETERMINISTIC = False,
     setting: options.VERIFY_SET = None,
     deep: options.DEEP = False,
     against: options.AGAINST = None,
@@ -184,6 +185,7 @@ def verify(
     fields: dict[str, Any] = {name: ",".join(values) for name, values in axes.items() if values}
     fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
     fields |= {name: value for name, value in (("chunk", chunk), ("model", model), ("dtype", dtype), ("seed", seed)) if value is not None}
+    fields |= {"deterministic": True} if deterministic else {}
     asked = commands.LogProbFlags(file, against, output, trace, temperature, rounding)
     if asked.given:
         return commands.verify_log_probs(asked, fields, setting or [], deep, as_json, quiet)

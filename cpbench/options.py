@@ -99,8 +99,9 @@ VERIFY_CHUNK = _text(_VERIFY, "--chunk", "TOKENS", "Prefill every batch in chunk
 VERIFY_MODEL = _text(_VERIFY, "--model", "NAME", "The heads of a preset or config.json, reduced in width. Default: 8 query and 2 kv heads.")
 VERIFY_DTYPE = _text(_VERIFY, "--dtype", "NAME", "Default: float32 and bfloat16.")
 VERIFY_SEED = _text(_VERIFY, "--seed", "N", "Of weights and inputs, and of the random batches of --deep. Default: 0.")
+VERIFY_DETERMINISTIC = _flag(_VERIFY, "--deterministic", "Sums and products in an order that gives every layout the same bits.")
 VERIFY_SET = Annotated[
-    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant, deterministic.")
+    list[str] | None, _option(_VERIFY, "--set", "A=B", "Another field for all rows: kernel, partition, target, page_size, head_groups, quant.")
 ]
 _LOGPROBS = "Log-probabilities of one layout, instead of the grid"
 VERIFY_FILE = Annotated[Path | None, typer.Argument(metavar="FILE", help="Log-probabilities stored by -o, to be compared.", show_default=False)]
