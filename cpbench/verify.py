@@ -91,7 +91,7 @@ MANY_RANKS: tuple[Fields, ...] = (
 )
 STAGES_AND_GROUPS: tuple[Fields, ...] = ({"dp": [2], "cp": [2], "tp": [1, 2]}, {"pp": [2], "cp": [2], "tp": [1]})
 ABSORBED: Fields = {"mla": "absorbed"}
-FIXED_ORDER: Fields = {"deterministic": True, "strategies": ["allgather", "ulysses"]}
+FIXED_ORDER: Fields = UNEVEN | PREFILL | {"deterministic": True, "strategies": ["allgather", "ulysses"]}
 LATENT = ("deepseek-v2-tiny", "deepseek-v3.2-tiny")
 EXPERTS = ("qwen3-moe-tiny", "deepseek-v3-tiny")
 EXPERT_RANKS: tuple[Fields, ...] = ({"layouts": ["cp2tp2/ep4", "dp2cp2/ep2tp2"]},)
@@ -118,7 +118,7 @@ GRID = (
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), ranks=({"layouts": ["tp4sp", "cp2tp2sp"]},), all_partitions=False),
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL | ABSORBED), configs=LATENT, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
     Part((UNEVEN | PREFILL,), configs=EXPERTS, ranks=EXPERT_RANKS, all_partitions=False),
-    Part((UNEVEN | PREFILL | FIXED_ORDER,), NARROW, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
+    Part((FIXED_ORDER,), NARROW, ranks=({"cp": [4], "tp": [1]},), all_partitions=False),
 )
 DEEP_GRID = (
     Part((EQUAL, UNEVEN, CHUNKED, SHORT, CACHED, REMAINDERS), NARROW, ranks=MANY_RANKS),
@@ -130,6 +130,7 @@ DEEP_GRID = (
     Part((UNEVEN | PREFILL, CHUNKED | PREFILL), NARROW, ranks=({"layouts": ["tp4sp", "cp2tp2sp", "dp2tp2sp", "pp2tp2sp"]},)),
     Part((UNEVEN | PREFILL | {"sp_gather": "latent"},), NARROW, LATENT[1:], ({"layouts": ["tp4sp", "cp2tp2sp/ep4"]},)),
     Part((CHUNKED | PREFILL | ABSORBED,), NARROW, LATENT, ({"cp": [4], "tp": [1]},)),
+    Part((FIXED_ORDER,), NARROW, ranks=({"cp": [2, 4], "tp": [1]},), all_partitions=False),
     Part([batch | {"head_groups": 2, "strategies": [GROUPED]} for batch in (UNEVEN, CHUNKED, UNEVEN | PREFILL)], NARROW),
 )
 
@@ -164,7 +165,7 @@ def grid(asked: Fields, device: str, *, deep: bool) -> list[Cell | Row]:
         asked = asked | PREFILL  # attention alone has no projections
     parts: Sequence[Part] = (*DEEP_GRID, Part(_random_batches(asked.get("seed", 0)))) if deep else GRID
     if asked.keys() & NAMED:  # who names rows looks at these, in the model that was named or a plain one
-        parts = tuple(part for part in parts if not PRESETS.keys() & part.configs)
+        parts = tuple(part for part in parts if not PRESETS.keys() & part.configs and FIXED_ORDER not in part.batches)
     entries: dict[object, Cell | Row] = {}
     refused: list[Row] = []
     for cell in dict.fromkeys(cell for part in parts for cell in _cells(part, asked, device)):

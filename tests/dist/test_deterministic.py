@@ -11,7 +11,7 @@ from tests.dist.sweeps import sweep
     ("model", "layouts", "options"),
     [
         ("qwen3-tiny", ["cp1", "tp2", "tp2sp", "cp2", "cp2tp2"], {"seq": "1k"}),
-        ("qwen3-tiny", ["tp2", "cp2"], {"lengths": "700,500,101", "prefix": "0,100,40", "dtype": "bfloat16"}),
+        ("qwen3-tiny", ["tp2", "cp2"], {"batches": [{"lengths": [700, 500, 101], "prefixes": [0, 100, 40]}], "dtype": "bfloat16"}),
         ("qwen3-moe-tiny", ["tp2/ep2", "cp2tp2/ep4"], {"seq": "1k"}),
     ],
 )

@@ -65,7 +65,7 @@ def test_queries_keys_gates_and_selection_are_those_of_transformers():
     theirs = oracle(x[None], c_q[None], (cos, sin), causal, None)[0]
 
     half = [part[0, :, None, :4] for part in (cos, sin)]
-    k, gates = ours.project(x)
+    k, gates = (projection(x) for projection in ours.projections)
     q, gates = ours.queries(c_q, gates, *half)
     k = ours.keys(k, *half)
     assert q.shape == (n, 16, 32) and gates.shape == (n, 16) and k.shape == (n, 32)
@@ -82,17 +82,17 @@ def test_the_weights_of_bf16_keys_are_normalised_in_fp32():
     k = x.float() @ ours.k_weight.float().T
     normed = (k - k.mean(1, keepdim=True)) / (k.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     expected = normed * ours.k_norm.float() + ours.k_bias.float()
-    got = ours.keys(ours.project(x)[0], *none)
+    got = ours.keys(ours.projections[0](x), *none)
     assert got.dtype == torch.bfloat16
     assert ((got - expected).square().mean() / expected.square().mean()).sqrt() < 4e-3
-    assert ours.queries(torch.randn(100, 48, dtype=torch.bfloat16), ours.project(x)[1], *none)[1].dtype == torch.float32
+    assert ours.queries(torch.randn(100, 48, dtype=torch.bfloat16), ours.projections[1](x), *none)[1].dtype == torch.float32
 
 
 def test_only_the_first_values_of_a_head_are_rotated():
     ours = LightningIndexer(config(), RandomWeights(0, torch.float32, CPU), "p")
     x = torch.randn(5, 64)
     still, quarter = (torch.ones(5, 1, 4), torch.zeros(5, 1, 4)), (torch.zeros(5, 1, 4), torch.ones(5, 1, 4))
-    plain, turned = (ours.keys(ours.project(x)[0], *angles) for angles in (still, quarter))
+    plain, turned = (ours.keys(ours.projections[0](x), *angles) for angles in (still, quarter))
     assert torch.equal(turned[:, 8:], plain[:, 8:])
     assert torch.equal(turned[:, :4], -plain[:, 4:8]) and torch.equal(turned[:, 4:8], plain[:, :4])
 

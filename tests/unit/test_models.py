@@ -41,7 +41,10 @@ class GivenWeights:
         rows, columns = rows or range(shape[0]), columns or range(shape[1])
         return weight[rows.start : rows.stop, columns.start : columns.stop].contiguous()
 
-    def hold(self, weight):
+    def hold(self, weight, *, is_summed=False):
+        return weight
+
+    def plain(self, weight):
         return weight
 
     def norm(self, name, size):

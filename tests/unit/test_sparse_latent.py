@@ -146,7 +146,7 @@ def test_the_attention_of_deepseek_v32_in_transformers():
         rotate_neighbours(part.clone(), *half, part)
     kv_b = oracle.kv_b_proj.weight.view(4, 36, 32)
     blocks = [Visible(Span(0, n), Span(0, n), 1)]
-    k, gates = indexer.project(x)
+    k, gates = (projection(x) for projection in indexer.projections)
     ids = select(*indexer.queries(c_q, gates, *half), indexer.keys(k, *half), blocks, 8)
     out, _ = attend_selected(absorb_queries(q, kv_b, sizes), rows, ids, blocks, oracle.scaling, 32)
     answer = release_outputs(out, kv_b, sizes).flatten(1) @ oracle.o_proj.weight.T
