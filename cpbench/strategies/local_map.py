@@ -87,6 +87,8 @@ class LocalMap(BatchStrategy):
     def check(self, cell: Cell) -> str | None:
         if cell.layout.cp == cell.layout.tp == 1:
             return f"{self.name} shards heads or tokens, and {cell.layout} has one rank for both; use none, or tp=2"
+        if cell.partition == "contiguous" and cell.layout.cp > 1 and len(cell.lengths) > 1:
+            return f"{self.name} needs a part of every sequence on each rank; use --partition zigzag, or batch=1"
         return super().check(cell)
 
     def plan(self, cell: Cell, rank: int) -> LocalMapPlan:
