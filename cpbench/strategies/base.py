@@ -78,7 +78,7 @@ class Strategy(ABC):
         if cell.layout.ulysses > 1 and not self.divides_group:
             return f"{self.name} does not divide its group as {cell.layout} says; use usp or the layout cp{cell.layout.cp}"
         if cell.compile != NOT_COMPILED and not self.compiles:
-            return f"{self.name} does not compile its attention; the nearest valid value is compile={NOT_COMPILED}, or use local-map"
+            return f"{self.name} has no compiled attention, which compile={cell.compile} asks for; the nearest valid value is compile={NOT_COMPILED}"
         if cell.shape.top_k and not self.collects:
             return f"{self.name} merges parts of attention, and {cell.config.name} selects among all keys at once; use allgather"
         return None
