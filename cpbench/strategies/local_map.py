@@ -184,12 +184,11 @@ def _local(region: Region) -> Attention:
     def local(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Tensor:
         q_BPbHD = q_BSHD.unflatten(1, (len(own), -1))
         batch, tokens = q_BPbHD.shape[0], q_BPbHD.shape[TOKENS]
-        kv = torch.stack([k_BSGD, v_BSGE])
+        k, v = k_BSGD, v_BSGE
         if group is not None:
-            kv = gather(kv, group)
-            sources = kv.unflatten(0, (ranks, 2)).unflatten(3, (len(own), -1)).movedim(3, 1).flatten(0, 1)  # [blocks, 2, B, b, G, D]
-            kv = torch.cat([sources[place] for place in order], 2)
-        k, v = kv.unbind()
+            gathered = gather(torch.stack([k, v]), group).unflatten(0, (ranks, 2)).unflatten(3, (len(own), -1))
+            blocks = gathered.movedim(3, 1).flatten(0, 1)  # [blocks, 2, B, b, G, D] as they came
+            k, v = torch.cat([blocks[place] for place in order], 2).unbind()
         outs = [
             attend(q_BPbHD[sequence, place], k[sequence, : (block + 1) * tokens], v[sequence, : (block + 1) * tokens], scale)
             for sequence in range(batch)
