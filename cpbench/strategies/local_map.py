@@ -113,17 +113,18 @@ class LocalMap(BatchStrategy):
             _KERNEL.reset(token)
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
-        """K and V as gathered and in order; or those in order, the outputs of all blocks, and what the kernel needs for the last one."""
+        """K and V as gathered and in order; or those in order, the outputs of all blocks but the last, and the kernel's call for it."""
         n, cp, size = cell.split.rows(rank), cell.layout.cp, cell.element_bytes
         plan = self.plan(cell, rank)
         rows, output = n * row_values(cell) * size, n * cell.heads * cell.config.head_dim * size
         ordered = rows * cp if cp > 1 else 0
         queries = plan.lengths[0] // plan.blocks
-        keys = queries * (max(plan.own) + 1)
+        keys, block = queries * (max(plan.own) + 1), output * queries // n
         earlier = (Span(0, keys - queries),) if keys > queries else ()
-        call = calls_memory(cell, queries, (cell.heads, cell.kv_heads), [Segment(Span(0, queries), earlier, Span(keys - queries, keys))])
+        merge, attend = calls_memory(cell, queries, (cell.heads, cell.kv_heads), [Segment(Span(0, queries), earlier, Span(keys - queries, keys))])
+        call = max(attend, merge + block)  # what merges is made behind the kernel's last copies, and let go
         batched = output + rows if plan.sequences * plan.blocks > plan.blocks > 1 else 0
-        return AttentionMemory(transient=batched + max(2 * ordered, ordered + output + sum(call), 2 * output + ordered))
+        return AttentionMemory(transient=batched + max(2 * ordered, ordered + output - block + call, 2 * output + ordered))
 
 
 def _mesh(groups: Groups, device: str) -> Mesh:
@@ -178,17 +179,19 @@ def _local(region: Region) -> Attention:
     own, order, scale = region.own, region.order, region.scale
     group = dict(region.mesh.axes).get("cp")
     ranks = len(order) // len(own)
-    gather = _all_gather()
+    all_gather = _all_gather()
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor] = _attend if region.compile == NOT_COMPILED else _operator()
+
+    def of_all_ranks(k_BSGD: Tensor, v_BSGE: Tensor) -> tuple[Tensor, ...]:
+        """K and V of whole sequences; what was gathered is let go before anything attends to them."""
+        gathered = all_gather(torch.stack([k_BSGD, v_BSGE]), group).unflatten(0, (ranks, 2)).unflatten(3, (len(own), -1))
+        blocks = gathered.movedim(3, 1).flatten(0, 1)  # [blocks, 2, B, b, G, D] as they came
+        return torch.cat([blocks[place] for place in order], 2).unbind()
 
     def local(q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor) -> Tensor:
         q_BPbHD = q_BSHD.unflatten(1, (len(own), -1))
         batch, tokens = q_BPbHD.shape[0], q_BPbHD.shape[TOKENS]
-        k, v = k_BSGD, v_BSGE
-        if group is not None:
-            gathered = gather(torch.stack([k, v]), group).unflatten(0, (ranks, 2)).unflatten(3, (len(own), -1))
-            blocks = gathered.movedim(3, 1).flatten(0, 1)  # [blocks, 2, B, b, G, D] as they came
-            k, v = torch.cat([blocks[place] for place in order], 2).unbind()
+        k, v = (k_BSGD, v_BSGE) if group is None else of_all_ranks(k_BSGD, v_BSGE)
         outs = [
             attend(q_BPbHD[sequence, place], k[sequence, : (block + 1) * tokens], v[sequence, : (block + 1) * tokens], scale)
             for sequence in range(batch)
