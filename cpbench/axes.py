@@ -14,7 +14,7 @@ from math import gcd, prod
 from typing import Any
 
 from cpbench.batch import Batch
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.errors import CpbenchError
 from cpbench.experts import TRAINED
 from cpbench.fitting import has_experts
@@ -27,6 +27,7 @@ from cpbench.strategies.usp import default_degree, hybrid_degrees
 BASELINE = "none"
 HYBRID = "usp"
 GROUPED = "allgather"  # the strategy that head_groups is for
+COMPILED = "local-map"  # the one that compile is for
 DEGREES = ("pp", "dp", "cp", "tp", "ep")  # as Layout has them
 
 
@@ -40,7 +41,7 @@ class LeftOut:
 
 
 def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None, prompt: str | None = None) -> Iterator[Cell]:
-    """The cells of a resolved scenario; with cp=1 there is one strategy, `none`. Raises CpbenchError for a hybrid that no layout has room for.
+    """The cells of a resolved scenario; with cp=1 `none`, and what shards heads. Raises CpbenchError for a hybrid that no layout has room for.
 
     `weights` and `prompt` are the names of a checkpoint and of a text.
     """
@@ -50,7 +51,8 @@ def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None
         if isinstance(layout, LeftOut):
             continue
         for divided, strategy in _algorithms(scenario, config, layout):
-            partition = scenario.partition if scenario.partition and divided.cp > 1 else STRATEGIES[strategy].partitions[0]
+            preferred = STRATEGIES[strategy if divided.cp > 1 else BASELINE].partitions[0]
+            partition = scenario.partition if scenario.partition and divided.cp > 1 else preferred
             yield Cell(
                 target=scenario.target,
                 config=config,
@@ -69,6 +71,7 @@ def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None
                 page_size=scenario.page_size,
                 cache_tokens=scenario.cache_tokens,
                 head_groups=scenario.head_groups if strategy == GROUPED else 1,
+                compile=scenario.compile if strategy != BASELINE else NOT_COMPILED,
                 router=scenario.router,
                 dispatch=scenario.dispatch,
                 quant=scenario.quant,
@@ -179,6 +182,8 @@ def _algorithms(scenario: Scenario, config: ModelConfig, layout: Layout) -> Iter
     """Strategies on a layout, with the layout as hybrids divide it. A layout that is divided already is one for the hybrid alone."""
     if layout.cp == 1:
         yield layout, BASELINE
+        if layout.tp > 1 and (scenario.cp is None or 1 in scenario.cp):  # else it is the baseline of what was asked for
+            yield from ((layout, name) for name in scenario.strategies or [] if name in STRATEGIES and STRATEGIES[name].shards_heads)
         return
     if layout.ulysses > 1:
         yield layout, HYBRID

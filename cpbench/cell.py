@@ -24,7 +24,9 @@ from cpbench.units import format_count
 
 TARGETS = ("prefill", "layer", "attention")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+NOT_COMPILED = "none"
 PAGE_SIZE = 64  # tokens of a cache page where nothing else is asked for
+VARIANTS = ("head_groups", "compile")  # options that only some strategies have
 # every knob that changes the work, beside those that each cell names
 DEFAULT_OPTIONS: dict[str, Any] = {
     "kv_cache": "keep",
@@ -32,6 +34,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "page_size": None,
     "cache_tokens": None,
     "head_groups": 1,
+    "compile": NOT_COMPILED,
     "mla": "expanded",
     "weights": None,
     "prompt": None,
@@ -64,6 +67,7 @@ class Cell:
     page_size: int | None = None
     cache_tokens: int | None = None
     head_groups: int = 1
+    compile: str = NOT_COMPILED  # the attention across ranks by torch.compile: its backend, eager (capture alone) or inductor
     mla: str = "expanded"  # latent attention: K and V of every head, or absorbed: queries and outputs in the latent's width
     weights: str | None = None  # the name of a checkpoint, which says what and not where; None: random ones
     prompt: str | None = None  # the name of the text that the tokens are from; None: random tokens
@@ -283,6 +287,11 @@ class Cell:
         return "/".join([*parts, "+".join(lengths), f"seed{self.seed}", *options])
 
     @property
+    def algorithm(self) -> str:
+        """The strategy and how it is varied: `ring`, `allgather/2` in two groups of heads, `local-map/inductor` compiled."""
+        return algorithm(self.strategy, self.key["options"])
+
+    @property
     def label(self) -> str:
         """Short name for progress and warnings: `cp4 ring 36k`, `cp4 ring 36k@32k b3`."""
         return f"{self.layout} {self.strategy} {Batch(self.lengths, self.prefixes).name}"
@@ -317,6 +326,11 @@ class Part:
 
     cell: Cell
     sequences: tuple[int, ...]
+
+
+def algorithm(strategy: str, options: dict[str, Any]) -> str:
+    """The name of a strategy with those options of a key that vary it."""
+    return "/".join([strategy, *(str(options[name]) for name in VARIANTS if options.get(name))])
 
 
 def _chunks(length: int, chunk: int, shortest: int) -> list[int]:

@@ -13,7 +13,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.choices import ChoiceLog, Choices, Forced, choices_of
 from cpbench.kernels import load_kernel
 from cpbench.kernels.accumulate import Accumulator
@@ -90,7 +90,7 @@ class OneDevice:
 
 def _single(cell: Cell, layout: Layout, dtype: str) -> Cell:
     """The cell without context parallelism, and without what changes where K and V lie but no value."""
-    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, mla="expanded", dispatch=None)
+    plain = replace(cell, chunk=None, cache_tokens=None, page_size=None, head_groups=1, compile=NOT_COMPILED, mla="expanded", dispatch=None)
     plain = replace(plain, sp_chunks=1, sp_gather="hidden", sp_fused=False, deterministic=False)
     return replace(plain, layout=layout, strategy="none", partition="contiguous", dtype=dtype)
 

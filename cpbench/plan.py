@@ -14,9 +14,9 @@ from functools import cached_property
 from itertools import product
 from typing import Literal
 
-from cpbench.axes import BASELINE, GROUPED, LeftOut, cells_of, left_out, runs_as
+from cpbench.axes import BASELINE, COMPILED, GROUPED, LeftOut, cells_of, left_out, runs_as
 from cpbench.batch import Batch
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.defaults import model_of
 from cpbench.deterministic import deterministic_reason
 from cpbench.environment import Machine
@@ -266,8 +266,9 @@ def _asked(scenario: Scenario, cell: Cell) -> bool:
 def _refuse_impossible(scenario: Scenario, planned: list[PlannedCell]) -> None:
     """Raise for a requested value of an axis with which every cell is unsupported; a baseline that was added counts for nothing."""
     asked = [p for p in planned if _asked(scenario, p.cell)]
-    if scenario.head_groups > 1 and not any(p.cell.strategy == GROUPED for p in asked):
-        raise CpbenchError(f"head_groups is for {GROUPED}, which is not among the strategies.", f"Add --strategy {GROUPED}, or leave head_groups out.")
+    for option, used, only in (("head_groups", scenario.head_groups > 1, GROUPED), ("compile", scenario.compile != NOT_COMPILED, COMPILED)):
+        if used and not any(p.cell.strategy == only for p in asked):
+            raise CpbenchError(f"{option} is for {only}, which is not among the strategies.", f"Add --strategy {only}, or leave {option} out.")
     if all(p.status == "unsupported" for p in asked) and all(_memory_reason(p.cell) == p.reason for p in asked):
         raise impossible("", asked[0].reason or "")
     for name, cells in _requested(scenario, asked):

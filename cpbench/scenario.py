@@ -123,6 +123,7 @@ class Scenario(_Model):
     page_size: Tokens | None = Field(None, description="tokens per page of the K/V cache; null: 256 on CUDA, on CPU no pages unless something is cached")
     cache_tokens: Tokens | None = Field(None, description="capacity of the paged K/V cache of a rank in tokens; null: what the batch needs")
     head_groups: Whole = Field(1, ge=1, description="allgather: collectives per layer, each for a group of kv heads that hides behind the one before")
+    compile: Literal["none", "eager", "inductor"] = Field("none", description="local-map: its attention by torch.compile; eager captures it and no more")
     mla: Literal["expanded", "absorbed"] = Field("expanded", description="latent attention: K and V of every head, or in the latent's width")
     router: str = Field(TRAINED, description="of models with experts: trained (the model's own), uniform, or zipf:1.2 for skewed load")
     dispatch: Literal["alltoall", "gather"] | None = Field(None, description="how rows reach experts; null: alltoall where the layout allows it")

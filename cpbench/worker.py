@@ -24,7 +24,7 @@ import torch
 
 from cpbench.answer import first_tokens
 from cpbench.buffers import ALL_CATEGORIES
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.distributed.collectives import start_process_groups, stop_process_groups
 from cpbench.distributed.mesh import Groups, Mesh
 from cpbench.distributed.observe import OPERATIONS, Observation
@@ -146,7 +146,8 @@ def measure_cell(job: Job, cell: Cell, groups: Groups, device: Device, index: in
     record |= _memory_pass(program, kernel, cell, groups, device)
     if record["status"] != "ok":
         return record
-    if cell.device != "cpu":  # on CPU nothing is compiled or tuned on the first call, and a pass at full length is not spent on it
+    # else nothing is compiled or tuned on the first call, and a pass at full length is not spent on it
+    if cell.device != "cpu" or cell.compile != NOT_COMPILED:
         record["first_call_s"] = max(one_pass(program.run, program.prepare, device, groups.world))
     last: list[Output] = []
     program.watch_routers()  # in the first timed pass: the memory pass skips attention on CPU, and routers see what it leaves
@@ -233,13 +234,14 @@ def _of_rank(rank: int, traffic: Traffic, keys: Sequence[tuple[str, str]], group
 
 def _warnings(cell: Cell) -> list[str]:
     """What a reader of the numbers must know."""
+    compiled = ["peak memory is that of the attention before it is compiled"] if cell.compile != NOT_COMPILED else []
     observed = [f"collectives of {cell.strategy} are observed, not predicted"] if _brings_collectives(cell) else []
-    return observed + (["FP8 is simulated on CPU: the time is not that of FP8"] if cell.quant != NONE and cell.device == "cpu" else [])
+    return observed + compiled + (["FP8 is simulated on CPU: the time is not that of FP8"] if cell.quant != NONE and cell.device == "cpu" else [])
 
 
 def _brings_collectives(cell: Cell) -> bool:
     """Whether a library communicates, so that no formula predicts all traffic."""
-    return any(STRATEGIES[step.strategy].brings_collectives for part in cell.parts for step in part.cell.steps)
+    return any(STRATEGIES[step.strategy].brings_collectives for part in cell.parts for step in part.cell.steps if step.layout.cp > 1)
 
 
 def _timed(samples: Samples, output: Output, cell: Cell, groups: Groups) -> dict[str, Any]:

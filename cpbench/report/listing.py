@@ -65,7 +65,7 @@ def plan_view(plan: Plan, machine: Machine) -> list[ConsoleRenderable | str]:
         table.add_row(
             str(number),
             str(cell.layout),
-            cell.strategy + (f"/{cell.head_groups}" if cell.head_groups > 1 else ""),
+            cell.algorithm,
             cell.partition,
             *({"seq": Batch(cell.lengths, cell.prefixes).label, "batch": str(len(cell.lengths))}[column[0]] for column in varying),
             f"{cell.max_rows:,}" if runs else "-",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpbench.batch import Batch
+from cpbench.cell import VARIANTS, algorithm
 from cpbench.errors import CpbenchError
 from cpbench.layout import Layout
 from cpbench.records import TIME_METRIC
 from cpbench.results import CellResult, Metric
 
-HEAD_GROUPS = "head_groups"
-OWN = (HEAD_GROUPS, "sp_chunks", "sp_gather", "sp_fused")  # options that only one strategy or some layouts have, so that they do not part a table
+OWN = (*VARIANTS, "sp_chunks", "sp_gather", "sp_fused")  # options that only one strategy or some layouts have, so that they do not part a table
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,9 @@ def _batch(cell: CellResult) -> Batch:
 
 
 def _strategy(cell: CellResult) -> str:
-    """`ring`; `allgather/2` where K and V travel in two groups of heads."""
+    """`ring`; `allgather/2` where K and V travel in two groups of heads, `local-map/inductor` where it is compiled."""
     options = cell.key.get("options")
-    groups = options.get(HEAD_GROUPS) if isinstance(options, dict) else None
-    return f"{cell.key.get('strategy', '?')}" + (f"/{groups}" if groups else "")
+    return algorithm(str(cell.key.get("strategy", "?")), options if isinstance(options, dict) else {})
 
 
 def _layout(cell: CellResult) -> str:

@@ -115,7 +115,7 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 def _strategy(row: Row) -> str:
     """`allgather/2` where K and V travel in two groups of heads."""
-    return row.cell.strategy + (f"/{row.cell.head_groups}" if row.cell.head_groups > 1 else "")
+    return row.cell.algorithm
 
 
 def _check(row: Row) -> Check:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cpbench.strategies.allgather import AllGather
 from cpbench.strategies.base import Strategy
 from cpbench.strategies.external import RingFlashAttn, TransformerEngine, YunchangUlysses
+from cpbench.strategies.local_map import LocalMap
 from cpbench.strategies.none import NoParallelism
 from cpbench.strategies.pass_q import PassQ
 from cpbench.strategies.ring import Ring
@@ -25,6 +26,7 @@ STRATEGIES: dict[str, Strategy] = {
         PassQ(),
         TorchContextParallel("torch-cp", ALL_GATHER, "one all-gather"),
         TorchContextParallel("torch-cp-ring", ALL_TO_ALL, "an all-to-all per step"),
+        LocalMap(),
         RingFlashAttn(),
         YunchangUlysses(),
         TransformerEngine("te-p2p", "p2p", "K and V passed on around a ring"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.attention_shape import AttentionShape
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.deterministic import attention_workspace
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Block, Blocks, cut, split
@@ -64,6 +64,8 @@ class Strategy(ABC):
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
     divides_group = False  # True: a hybrid, for layouts that cut the group in two
     brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
+    shards_heads = False  # True: also for layouts that divide nothing but heads
+    compiles = False  # True: its attention can be compiled
     collects = False  # True: it can bring all rows that a rank's queries see, for attention that selects among them
 
     def available(self, device: str, dtype: str) -> str | None:
@@ -76,6 +78,8 @@ class Strategy(ABC):
             return f"{self.name} cannot use the {cell.partition} partition; use {self.partitions[0]}"
         if cell.layout.ulysses > 1 and not self.divides_group:
             return f"{self.name} does not divide its group as {cell.layout} says; use usp or the layout cp{cell.layout.cp}"
+        if cell.compile != NOT_COMPILED and not self.compiles:
+            return f"{self.name} has no compiled attention, which compile={cell.compile} asks for; the nearest valid value is compile={NOT_COMPILED}"
         if cell.shape.top_k and not self.collects:
             return f"{self.name} merges parts of attention, and {cell.config.name} selects among all keys at once; use allgather"
         return None

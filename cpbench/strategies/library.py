@@ -3,7 +3,7 @@
 Such a library communicates over the process group itself, so its traffic has no formula here: it is observed. Libraries take dense
 batches [B, S, H, D], where a rank's part of a sequence is its early block and then its late one. Our rows hold the early blocks of all
 sequences and then the late ones, so with one sequence the two are the same memory, and with more a copy. What is kept of K and V is the
-rank's own rows. Which function is called, and with what, stands in torch_cp.py and external.py.
+rank's own rows. Which function is called, and with what, stands in torch_cp.py, external.py and local_map.py.
 
     rows, zigzag, two sequences a and b        a0 b0 a1 b1
     batch [2, S, H, D]                         a0 a1 | b0 b1
@@ -35,10 +35,10 @@ class LibraryPlan:
     lengths: tuple[int, ...]
 
 
-class LibraryStrategy(Strategy):
-    """A strategy of another library. Subclasses say what it needs, and call it."""
+class BatchStrategy(Strategy):
+    """A strategy that takes dense batches, and communicates through a library."""
 
-    partitions = ("zigzag",)
+    partitions: tuple[str, ...] = ("zigzag",)
     keeps_local_rows = True
     brings_collectives = True
     uneven = False  # True: sequences may have different lengths
@@ -70,6 +70,14 @@ class LibraryStrategy(Strategy):
         lengths = tuple(length // cell.layout.cp for length in cell.lengths)
         return LibraryPlan(len(lengths), 2 if cell.partition == "zigzag" else 1, lengths)
 
+    def traffic(self, cell: Cell, rank: int) -> Traffic:
+        """Nothing is predicted: what the library receives is observed."""
+        return Traffic()
+
+
+class LibraryStrategy(BatchStrategy):
+    """A strategy of another library. Subclasses say what it needs, and call it."""
+
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: LibraryPlan, context: Context, layer: int) -> Tensor:
         q, k, v = (as_batch(x, plan) for x in (q_THD, *open_rows(rows_SW)))
         with context.group.foreign():
@@ -79,10 +87,6 @@ class LibraryStrategy(Strategy):
     @abstractmethod
     def call(self, q_BSHD: Tensor, k_BSGD: Tensor, v_BSGE: Tensor, context: Context) -> Tensor:
         """The library's causal attention over the group: out [B, S, H, E]."""
-
-    def traffic(self, cell: Cell, rank: int) -> Traffic:
-        """Nothing is predicted: what the library receives is observed."""
-        return Traffic()
 
     def memory(self, cell: Cell, rank: int) -> AttentionMemory:
         """An estimate of what the library makes: contiguous K and V, those of one other rank, and twice an fp32 output."""

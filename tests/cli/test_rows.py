@@ -112,6 +112,13 @@ def test_head_groups_do_not_part_a_table() -> None:
     assert [(row.strategy, row.speed_up) for row in rows] == [("none", 1.0), ("allgather/2", 2.0)]
 
 
+def test_compiled_cells_stand_beside_others_and_say_so() -> None:
+    cells = [measured(make_cell("cp1", "none"), [2.0]), measured(make_cell("cp2", "local-map", compile="inductor"), [1.0])]
+    cells.append(measured(make_cell("cp2", "local-map"), [2.0]))
+    assert [(row.strategy, row.speed_up) for row in only_group(cells)] == [("none", 1.0), ("local-map/inductor", 2.0), ("local-map", 1.0)]
+    assert cells[1].key["options"] == {"compile": "inductor"} and cells[1].id.endswith("/compile=inductor")
+
+
 def test_how_rows_that_are_cut_over_tp_travel_stands_with_the_layout() -> None:
     cells = [measured(make_cell("tp2", "none"), [2.0])]
     cells += [measured(make_cell("tp2sp", "none", **options), [1.0]) for options in ({"sp_gather": "latent"}, {"sp_chunks": 4})]

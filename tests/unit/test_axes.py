@@ -111,6 +111,20 @@ def test_head_groups_are_for_allgather_only() -> None:
     assert [(cell.strategy, cell.head_groups) for cell in made] == [("none", 1), ("allgather", 2), ("ring", 1)]
 
 
+def test_what_shards_heads_stands_beside_none_where_cp1_was_asked_for() -> None:
+    asked = {"strategies": "ring,local-map", "tp": "1,2"}
+    made = [(str(cell.layout), cell.strategy, cell.partition) for cell in cells(cp="1", baseline=True, **asked)]
+    assert made == [("cp1", "none", "contiguous"), ("tp2", "none", "contiguous"), ("tp2", "local-map", "contiguous")]
+    assert [cell.strategy for cell in cells(layouts="tp2", strategies="local-map")] == ["none", "local-map"]
+    added = [cell.strategy for cell in cells(cp="2", baseline=True, **asked) if cell.layout.cp == 1]
+    assert added == ["none", "none"], "a baseline that was added is one cell"
+
+
+def test_a_baseline_is_never_compiled() -> None:
+    made = cells(cp=2, strategies="local-map,ring", compile="inductor", baseline=True)
+    assert [(cell.strategy, cell.compile) for cell in made] == [("none", "none"), ("local-map", "inductor"), ("ring", "inductor")]
+
+
 def test_all_is_every_strategy_but_none() -> None:
     made = cells(cp=4, strategies="all", baseline=False)
     assert [cell.strategy for cell in made] == [name for name in STRATEGIES if name != "none"]

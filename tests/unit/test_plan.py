@@ -115,6 +115,13 @@ def test_a_default_strategy_that_cannot_run_is_not_the_users_mistake() -> None:
         ({"cache_tokens": "1k", "page_size": 7}, "The batch needs 2,051 tokens of cache on a rank, in pages of 7,", "cache_tokens=2051"),
         ({"cp": "2", "head_groups": 3, "strategies": "allgather"}, "strategy=allgather cannot run: 2 kv heads do not divide", "head_groups=2"),
         ({"cp": "2", "head_groups": 2, "strategies": "ring"}, "head_groups is for allgather", "--strategy allgather"),
+        ({"cp": "2", "compile": "eager"}, "compile is for local-map", "--strategy local-map"),
+        ({"cp": "2", "compile": "eager", "strategies": "ring,local-map"}, "strategy=ring cannot run: ring has no compiled attention", "compile=none"),
+        (
+            {"cp": "2", "seq": 2001, "strategies": "local-map"},
+            "strategy=local-map cannot run: local-map needs a length that 2*cp = 4 divides, not 2001",
+            "length is 2000",
+        ),
         ({"cp": "6", "strategies": "u3r2"}, "strategy=u3r2 cannot run: 8 query heads", "The nearest degree is u=2."),
         ({"cp": "2", "partition": "replicated"}, "allgather, ring, ulysses cannot use the replicated partition.", "--partition zigzag, or a strategy that can"),
         ({"cp": "2", "strategies": "ulysses-gather", "partition": "zigzag"}, "ulysses-gather cannot use the zigzag partition.", "--partition replicated, or"),

@@ -135,10 +135,12 @@ def test_slicing_heads_and_gathering_them_is_full_attention_bit_for_bit(heads):
     assert torch.equal(assembled(sliced)[0], assembled(whole)[0])
 
 
-def test_a_packed_batch_is_its_sequences_one_by_one_bit_for_bit():
+@pytest.mark.parametrize(("name", "partition"), [("ulysses", "contiguous"), ("ulysses", "zigzag"), ("ulysses-gather", "replicated")])
+def test_a_packed_batch_is_its_sequences_one_by_one_bit_for_bit(name, partition):
+    """Inputs are functions of the place in the batch: the first sequence alone is the beginning of the packed batch."""
     config = ModelConfig("test", 64, 1, 8, 2, 64, 64, 64)
-    packed = assembled(make("ulysses", "contiguous", (300, 77), config, cp=4))[0]
-    first = assembled(make("ulysses", "contiguous", (300,), config, cp=4))[0]
+    packed = assembled(make(name, partition, (300, 77), config, cp=4))[0]
+    first = assembled(make(name, partition, (300,), config, cp=4))[0]
     assert torch.equal(packed[:300], first)
 
 
@@ -240,6 +242,7 @@ def test_ulysses_sends_each_rank_the_kv_heads_of_its_query_heads(heads, kv_heads
 
 def test_impossible_cells_say_the_nearest_possible_one():
     assert "cp=4" in STRATEGIES["ulysses"].check(make("ulysses", cp=3, lengths=(64,))) or "cp=2" in STRATEGIES["ulysses"].check(make("ulysses", cp=3))
+    assert "cp=2" in STRATEGIES["ulysses-gather"].check(make("ulysses-gather", "replicated", cp=3))
     assert "use zigzag" in STRATEGIES["ring"].check(make("ring", "spiral", cp=2))
     assert STRATEGIES["ring"].check(make("ring", "zigzag", (10,), cp=8)) is None, "a short batch runs without context parallelism"
     assert "use usp" in STRATEGIES["ring"].check(replace(make("ring", "zigzag"), layout=Layout(cp=4, ulysses=2)))

@@ -265,8 +265,8 @@ def test_random_batches_follow_the_seed():
 def test_libraries_that_communicate_are_one_row_that_says_why():
     asked, device = asked_fields({}, [], MACHINE)
     skipped = [entry for entry in grid(asked, device, deep=True) if isinstance(entry, Row)]
-    assert {row.cell.strategy for row in skipped} == {"torch-cp", "torch-cp-ring"}
-    assert [row.reason for row in skipped] == ["needs processes: checked by sweep"] * 2
+    assert {row.cell.strategy for row in skipped} == {"torch-cp", "torch-cp-ring", "local-map"}
+    assert [row.reason for row in skipped] == ["needs processes: checked by sweep"] * 3
 
 
 def test_what_was_asked_for_replaces_the_grid():
