@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpbench.against import Job, Runner
 from cpbench.answer import solve
 from cpbench.cell import Cell
 from cpbench.deterministic import COLUMNS, DEPTH, ROWS, TILE, deterministic_reason, run_of
@@ -17,6 +18,7 @@ from cpbench.distributed.local import LocalWorld
 from cpbench.distributed.mesh import local_groups
 from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
+from cpbench.logprobs import ROUNDINGS, Rule
 from cpbench.models.config import ModelConfig
 from cpbench.models.held import Models
 from cpbench.models.invariant import InvariantWeight, in_blocks, invariant_linear, sum_of_experts
@@ -220,6 +222,17 @@ def test_mixtures_of_experts_have_the_same_bits_in_every_layout(config, dtype):
     for cell in cells:
         got_rows, got_logits = results_of(cell)
         assert torch.equal(got_rows, rows) and torch.equal(got_logits, logits), cell.id
+
+
+@pytest.mark.parametrize("rounding", list(ROUNDINGS))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_probabilities_have_the_same_bits_in_every_layout(dtype, rounding):
+    config = replace(DENSE, vocab=1000)
+    cells = [make(config, name, dtype=dtype) for name in ("cp1", "tp2", "tp4", "tp4sp")]
+    cells += [make(config, "cp2tp2", *way, dtype=dtype) for way in [("allgather", "zigzag"), ("ulysses", "contiguous")]]
+    one, *others = [Runner(Job(cell), Rule(0.7, rounding)).record().samples for cell in cells]
+    assert [len(sample) for sample in one] == [length - 1 for length in LENGTHS]
+    assert all(other == one for other in others)
 
 
 def test_without_it_bits_differ():
