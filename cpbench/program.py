@@ -149,7 +149,15 @@ class Program:
         totals = [prefix + length for prefix, length in zip(self.part.prefixes, self.part.lengths, strict=True)]
         for index, rows in enumerate(self.cell.token_rows):
             cell, experts = self.cell, self._to_experts(index)
-            communicator = Communicator(self.groups, rows, *experts, cell.sp_chunks, cell.sp_gather == "latent", cell.sp_fused, cell.deterministic)
+            communicator = Communicator(
+                self.groups,
+                rows,
+                *experts,
+                chunks=cell.sp_chunks,
+                gathers_low=cell.sp_gather == "latent",
+                fused=cell.sp_fused,
+                deterministic=cell.deterministic,
+            )
             if index >= len(self.part.steps):  # other groups have tokens left
                 steps.append(Step(row_index([], self.device), slice(first, first), slice(kept, kept), {}, None, communicator))
                 continue
