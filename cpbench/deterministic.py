@@ -23,6 +23,7 @@ from cpbench.cell import Cell
 from cpbench.experts import ALLTOALL
 from cpbench.kernels import FIXED
 from cpbench.layout import Layout
+from cpbench.models.config import ModelConfig
 from cpbench.partition import cut
 from cpbench.sharding import dispatch_of
 
@@ -54,6 +55,26 @@ def workspace(cell: Cell, rows: int, inputs: int) -> int:
 def attention_workspace(keys: int, dims: int, element_bytes: int) -> int:
     """Bytes that a call holds beside its inputs and outputs: K and V of one head (`dims` values of a key), scores and weights of a block."""
     return -(-keys // KEYS) * KEYS * (dims + 2 * QUERIES) * max(4, element_bytes)
+
+
+def reduced(config: ModelConfig, tp: int) -> ModelConfig:
+    """The model reduced in width, still with whole tiles over `tp` ranks, or over as many of them as the model itself has tiles for."""
+    small, experts = config.reduced(), config.experts
+    step = TILE * _parts(config.intermediate, tp)
+    small = replace(small, intermediate=min(config.intermediate, -(-small.intermediate // step) * step))
+    if experts is None or small.experts is None:
+        return small
+    width, step = TILE, TILE * _parts(experts.shared * experts.intermediate, tp)
+    while experts.shared * width % step:
+        width += TILE
+    return replace(small, experts=replace(small.experts, intermediate=min(width, experts.intermediate)))
+
+
+def _parts(inputs: int, tp: int) -> int:
+    """Over how many ranks, of a power of two, so many inputs cut into whole tiles: at most `tp`."""
+    while tp > 1 and inputs % (TILE * tp):
+        tp //= 2
+    return tp
 
 
 def deterministic_reason(cell: Cell) -> str | None:
@@ -90,11 +111,9 @@ def _layout_reason(cell: Cell) -> str | None:
     if layout.tp & (layout.tp - 1):
         return f"deterministic adds in a binary tree, and tp={layout.tp} is no power of two; {_fitting(cell, 1 << (layout.tp.bit_length() - 1))}"
     for name, inputs in _summed_inputs(cell).items():
-        near = layout.tp
-        while inputs % (TILE * near):
-            near //= 2
-            if not near:
-                return f"{inputs} inputs of {name} are no multiple of {TILE}; the nearest valid value is deterministic=false"
+        near = _parts(inputs, layout.tp)
+        if inputs % TILE:
+            return f"{inputs} inputs of {name} are no multiple of {TILE}; the nearest valid value is deterministic=false"
         if near < layout.tp:
             return f"{inputs} inputs of {name} do not cut into tiles of {TILE} over tp={layout.tp}; {_fitting(cell, near)}"
     return None

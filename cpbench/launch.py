@@ -109,9 +109,11 @@ def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
     """The environment of the ranks: the parent's, with their number of threads, and what is set here unless the user has set it.
 
     gloo talks over the loopback interface. glibc keeps freed memory, as CUDA's caching allocator does: by default it returns every
-    large tensor to the system, and fresh pages take a third of the time of a pass that is not attention (measured: 0.85 against 0.55 s).
+    large tensor to the system, and fresh pages take a third of the time of a pass that is not attention (measured: 0.85 against 0.55 s). What
+    is compiled is compiled by the rank itself: pools of workers of all ranks would compete for the cores, and outlive their ranks.
     """
     environment = {
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 36),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",

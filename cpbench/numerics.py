@@ -19,10 +19,12 @@ from cpbench.answer import Answer, solve
 from cpbench.cell import Cell
 from cpbench.choice_errors import wrong_choice
 from cpbench.choices import Forced
+from cpbench.deterministic import reduced
 from cpbench.distributed.mesh import Groups
 from cpbench.distributed.traffic import Traffic
 from cpbench.formulas import traffic
 from cpbench.kernels.base import Kernel
+from cpbench.models.config import ModelConfig
 from cpbench.models.held import Models
 from cpbench.one_device import OneDevice, Solution
 from cpbench.quantisation import NONE
@@ -108,7 +110,7 @@ def small_cell(cell: Cell) -> Cell:
     layers = min(cell.layers, max(2, pp))
     return replace(
         cell,
-        config=replace(cell.config.reduced(), layers=layers),
+        config=replace(_reduced(cell, layers), layers=layers),
         layers=layers,
         lengths=lengths,
         prefixes=prefixes,
@@ -117,6 +119,28 @@ def small_cell(cell: Cell) -> Cell:
         weights=None,
         prompt=None,
     )
+
+
+def _reduced(cell: Cell, layers: int) -> ModelConfig:
+    """The model of a cell in a narrow width."""
+    if not cell.deterministic:
+        return cell.config.reduced()
+    config = reduced(cell.config, cell.layout.tp)
+    if config.experts is None or cell.has_experts:
+        return config
+    return replace(config, experts=replace(config.experts, first=layers))  # the layout need not do for layers that do not run
+
+
+def _other_bits(answer: Answer, yardstick: Solution) -> str | None:
+    """Where a deterministic answer has other bits than that of one device; None where it has the same, or need not."""
+    if not answer.cell.deterministic:
+        return None
+    for rank, rows in answer.copies.items():
+        different = int((rows != yardstick.rows).any(1).sum())
+        if different or not torch.equal(rows, yardstick.rows):
+            return f"deterministic, but {different} of {len(rows)} tokens of rank {rank} have other bits than those of one device"
+    same = answer.logits is None or yardstick.logits is None or torch.equal(answer.logits, yardstick.logits)
+    return None if same else "deterministic, but logits have other bits than those of one device"
 
 
 @torch.inference_mode()
@@ -166,7 +190,7 @@ def _judge(answer: Answer, kernel: Kernel, one_device: OneDevice) -> Check:
         bound = f"more than {MAX_RATIO}" if narrow else f"and above {MAX_FP32_RMSE:g}"
         reason = f"relative RMSE {error:.2e} is {ratio:.3g} times that of one device, {bound}{_where(answer, errors, truth.rows)}"
     else:
-        reason = wrong_choice(answer, truth, yardstick, MAX_MARGIN) or _wrong_token(answer, truth, yardstick)
+        reason = wrong_choice(answer, truth, yardstick, MAX_MARGIN) or _wrong_token(answer, truth, yardstick) or _other_bits(answer, yardstick)
     return replace(
         verdict,
         passed=not (reason or differs),

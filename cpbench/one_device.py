@@ -54,8 +54,9 @@ class OneDevice:
         return self._get(key, lambda: _solve(single, load_kernel("reference"), self.device, rounded_to, forced))
 
     def yardstick(self, cell: Cell, kernel: Kernel, forced: Forced = NOTHING) -> Solution:
-        """The cell in its dtype with its partial sums, with these choices instead of its own."""
-        single = _single(cell, Layout(dp=cell.layout.dp, tp=cell.layout.tp), cell.dtype)
+        """The cell in its dtype with its partial sums, with these choices instead of its own; without them where they must not matter."""
+        layout = Layout() if cell.deterministic else Layout(dp=cell.layout.dp, tp=cell.layout.tp)
+        single = replace(_single(cell, layout, cell.dtype), deterministic=cell.deterministic)
         return self._get((single, kernel.name, _bytes(forced)), lambda: _solve(single, kernel, self.device, None, forced))
 
     def own_tokens_only(self, cell: Cell) -> Tensor:

@@ -23,7 +23,7 @@ from cpbench.models.config import ModelConfig
 from cpbench.models.held import Models
 from cpbench.models.invariant import InvariantWeight, in_blocks, invariant_linear, sum_of_experts
 from cpbench.models.presets import PRESETS
-from cpbench.numerics import judge
+from cpbench.numerics import judge, small_cell
 from cpbench.one_device import OneDevice
 from cpbench.plan import unsupported
 from cpbench.program import run_locally
@@ -253,6 +253,30 @@ def test_answers_and_traffic_are_those_of_the_formulas(config, name):
     answers = world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), FIXED, CPU, Models()))[0]
     check = judge(answers, FIXED, OneDevice(CPU))
     assert check.passed, check.reason
+    assert check.bitwise_equal
+
+
+def test_what_is_proved_of_a_wide_model_can_run_where_the_model_can():
+    """The narrow one has whole tiles too."""
+    seen = 0
+    for config, name in product(PRESETS.values(), ["tp2", "tp4", "tp8", "tp16", "tp4/ep4", "tp8sp/ep8", "cp2/ep2"]):
+        cell = replace(make(config, name, *(("allgather", "zigzag") if "cp" in name else ())), lengths=(512,), prefixes=(0,))
+        if unsupported(cell) is None:
+            assert unsupported(small_cell(cell)) is None, cell.id
+            seen += 1
+    assert seen > 40
+
+
+@pytest.mark.parametrize(("planted", "reason"), [("rows", "1 of 298 tokens of rank 1 have other bits"), ("logits", "logits have other bits")])
+def test_an_answer_with_other_bits_is_wrong(planted, reason):
+    cell = make(DENSE, "tp2")
+    world = LocalWorld(2, 60)
+    *before, answer = world.run(lambda rank: solve(cell, local_groups(cell.layout, world, rank), FIXED, CPU, Models()))[0]
+    with torch.inference_mode():
+        changed = answer.copies[1] if planted == "rows" else answer.logits
+        changed[2, 5] = torch.nextafter(changed[2, 5], torch.tensor(9.0, dtype=changed.dtype))
+    check = judge([*before, answer], FIXED, OneDevice(CPU))
+    assert not check.passed and reason in check.reason
 
 
 @pytest.mark.parametrize(
