@@ -40,7 +40,6 @@ MORE_FIELDS = ("layers", "mla", "router", "dispatch", "sp_chunks", "sp_gather", 
 FIELDS = (*(name for name in GRID_FIELDS if name != "target"), *MORE_FIELDS)
 STRATEGY = "allgather"  # across context-parallel ranks, where none is named
 LAYERS = 2  # at least, where the model has them: what a layer gets from another one counts
-MOST_TILED = 16  # tensor-parallel ranks that a deterministic model which is reduced can have, as both sides are to have the same
 WRONG = 1  # the exit code of an answer that is wrong
 
 
@@ -90,7 +89,7 @@ def _only_job(scenario: Scenario) -> Job:
     config = model_of(scenario)
     weights, prompt = checkpoint_name(scenario, config), text_name(scenario, config)
     if weights is None:
-        config = replace(reduced(config, MOST_TILED) if scenario.deterministic else config.reduced(), layers=scenario.layers or 1)
+        config = replace(reduced(config, scenario.deterministic), layers=scenario.layers or 1)
     cells = list(dict.fromkeys(cells_of(scenario, config, weights, prompt)))
     if len(cells) > 1:
         names = ", ".join(dict.fromkeys(cell.label for cell in cells))

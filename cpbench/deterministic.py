@@ -29,6 +29,7 @@ from cpbench.sharding import dispatch_of
 
 TILE = 128  # inputs of a product that is one leaf of the tree
 ROWS, COLUMNS, DEPTH = 128, 256, 512  # of one product: at these a CPU reaches nine tenths of what it reaches at large ones
+MOST_TILED = 16  # tensor-parallel ranks that a narrow model is for where nobody says how many there are
 QUERIES, KEYS = 128, 256  # of one product of attention
 STRATEGIES = ("none", "allgather", "ulysses", "ulysses-gather")  # those that bring all keys of a query to one call
 
@@ -57,9 +58,11 @@ def attention_workspace(keys: int, dims: int, element_bytes: int) -> int:
     return -(-keys // KEYS) * KEYS * (dims + 2 * QUERIES) * max(4, element_bytes)
 
 
-def reduced(config: ModelConfig, tp: int) -> ModelConfig:
-    """The model reduced in width, still with whole tiles over `tp` ranks, or over as many of them as the model itself has tiles for."""
+def reduced(config: ModelConfig, deterministic: bool, tp: int = MOST_TILED) -> ModelConfig:
+    """The model in a narrow width; if deterministic, with whole tiles over `tp` ranks, or over as many of them as the model itself has tiles for."""
     small, experts = config.reduced(), config.experts
+    if not deterministic:
+        return small
     step = TILE * _parts(config.intermediate, tp)
     small = replace(small, intermediate=min(config.intermediate, -(-small.intermediate // step) * step))
     if experts is None or small.experts is None:

@@ -123,10 +123,8 @@ def small_cell(cell: Cell) -> Cell:
 
 def _reduced(cell: Cell, layers: int) -> ModelConfig:
     """The model of a cell in a narrow width."""
-    if not cell.deterministic:
-        return cell.config.reduced()
-    config = reduced(cell.config, cell.layout.tp)
-    if config.experts is None or cell.has_experts:
+    config = reduced(cell.config, cell.deterministic, cell.layout.tp)
+    if not cell.deterministic or config.experts is None or cell.has_experts:
         return config
     return replace(config, experts=replace(config.experts, first=layers))  # the layout need not do for layers that do not run
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from cpbench.answer import Answer, solve
 from cpbench.axes import BASELINE, GROUPED, cells_of
 from cpbench.cell import Cell
+from cpbench.deterministic import reduced
 from cpbench.distributed.local import LocalWorld, one_thread_each
 from cpbench.distributed.mesh import local_groups
 from cpbench.environment import Machine
@@ -200,7 +201,7 @@ def _cells(part: Part, asked: Fields, device: str) -> Iterator[Cell]:
     own = {"batches", "chunk", "page_size"} if "batches" in asked else set()
     fixed = {name: value for name, value in asked.items() if name not in (*DEGREES, "layouts", "strategies", "partition", "model")}
     dtypes = [asked["dtype"]] if "dtype" in asked else part.dtypes
-    configs = [load_config(asked["model"]).reduced()] if "model" in asked else [CONFIGS[name] for name in part.configs]
+    configs = [reduced(load_config(asked["model"]), bool(asked.get("deterministic")))] if "model" in asked else [CONFIGS[name] for name in part.configs]
     common = {"device": device, "baseline": False, "page_size": DEVICE_DEFAULTS[device].get("page_size")}
     for batch, dtype, config, ranks in product(part.batches, dtypes, configs, _ranks(part, asked)):
         fields = common | {name: value for name, value in batch.items() if name not in own} | {"dtype": dtype} | fixed | ranks
