@@ -21,7 +21,7 @@ from cpbench.distributed.deterministic import tree_sum
 
 RUN_VALUES = 1 << 27  # values of all runs that exist at a time on CUDA
 SERIAL = 1 << 14  # values that an elementwise operation surely does on one thread
-VECTOR = 16  # values that the widest vector operation takes twice of: a multiple of it leaves no rest that would be computed another way
+VECTOR = 64  # PyTorch takes two vectors at a time, in bf16 with AVX-512 of 32 values: a multiple of that leaves no rest for scalar code
 
 
 @dataclass(frozen=True)
