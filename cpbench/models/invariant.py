@@ -105,7 +105,7 @@ def in_blocks(function: Callable[[Tensor], Tensor], x_nW: Tensor) -> Tensor:
 
 def rows_at_a_time(width: int) -> int:
     """Rows of so many values that are computed together on CPU."""
-    return max(1, SERIAL // width // VECTOR * VECTOR) if width % VECTOR else max(1, SERIAL // width)
+    return max(VECTOR, SERIAL // width // VECTOR * VECTOR) if width % VECTOR else max(1, SERIAL // width)
 
 
 def sum_of_experts(values_PM: Tensor, experts_nK: Tensor, count: int) -> Tensor:
