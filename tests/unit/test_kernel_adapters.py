@@ -247,7 +247,7 @@ def test_auto_takes_the_kernel_of_the_generation(hopper, stand_in, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     assert pick_kernel("cuda", "bfloat16", 128, 128).name == "flash2"
     assert pick_kernel("cuda", "float32", 128, 128).name == "reference"
-    assert list(KERNELS) == ["flash3", "flash4", "flash2", "sdpa", "cudnn", "cpu_flash", "reference"]
+    assert list(KERNELS) == ["flash3", "flash4", "flash2", "sdpa", "cudnn", "cpu_flash", "reference", "fixed_blocks"]
 
 
 def test_the_dispatched_kernel_says_what_really_runs(hopper, stand_in, monkeypatch):
