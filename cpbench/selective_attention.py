@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from cpbench.choices import ChoiceLog, Note
 from cpbench.kernels.selection import select
 from cpbench.kernels.sparse_latent import attend_selected
-from cpbench.strategies.base import ParallelAttention
+from cpbench.strategies.base import ParallelAttention, in_position_order
 from cpbench.visible import InOrder, Visible
 
 
@@ -43,17 +42,9 @@ class SelectiveAttention(ParallelAttention):
         arrived = self.strategy.collect(self._with_cached(rows_nW, layer), self.plan, self.context, layer)
 
         def collected() -> Collected:
-            rows_SW = arrived()
-            if not self.order.is_identity:
-                ordered = self.context.buffers.get("select_ordered", tuple(rows_SW[: len(self._order)].shape), rows_SW)
-                rows_SW = torch.index_select(rows_SW, 0, self._order, out=ordered)
-            return Collected(rows_SW[: len(self.order.rows)], self, layer)
+            return Collected(in_position_order(arrived(), self.order, self.context.buffers, "select_ordered"), self, layer)
 
         return collected
-
-    @cached_property
-    def _order(self) -> Tensor:
-        return torch.from_numpy(self.order.rows).to(self.tokens_n.device)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def require_visible(blocks: Sequence[Visible]) -> None:
             raise ValueError(f"{block} does not see between 1 and {block.keys.rows} keys")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # an array has no hash: an order is known by what it is, not by what it holds
 class InOrder:
     """The rows that a rank collected, put into the order of sequences and positions, and what each of its query blocks sees of them.
 

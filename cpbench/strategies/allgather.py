@@ -25,7 +25,7 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.layout import nearest_divisor
 from cpbench.partition import Block
 from cpbench.segments import PlacedBlock, Request, Segment, Span, by_queries, causal_segments, place
-from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, packed_heads, row_values
+from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, in_position_order, packed_heads, row_values
 from cpbench.visible import InOrder, in_order
 
 if TYPE_CHECKING:
@@ -143,8 +143,9 @@ class AllGather(Strategy):
             return AttentionMemory(new_rows=gathered, buffers=padded)
         if plan.ordered is not None:
             merge, transient = calls_memory(cell, split.rows(rank), (cell.heads, cell.kv_heads), plan.ordered.segments)
-            opened = len(plan.ordered.rows.rows) * cell.shape.opened_values(cell.heads) * cell.element_bytes
-            return AttentionMemory(gathered, padded + len(plan.ordered.rows.rows) * row, merge, transient + opened)
+            order = plan.ordered.rows
+            opened = len(order.rows) * cell.shape.opened_values(cell.heads) * cell.element_bytes
+            return AttentionMemory(gathered, padded + (0 if order.is_identity else len(order.rows) * row), merge, transient + opened)
         segments = [*plan.own, *plan.cached, *plan.remote]
         merge, transient = calls_memory(cell, split.rows(rank), (cell.heads // groups, cell.kv_heads // groups), segments)
         grouped = split.rows(rank) * (cell.heads * cell.shape.v_dim * cell.element_bytes + row) if groups > 1 else 0  # output and packed rows
@@ -199,15 +200,10 @@ class _Gather:
 
     def _in_order(self, q_THD: Tensor, open_rows: OpenRows, ordered: OrderedKeys) -> Tensor:
         """All rows in the order of positions, then one call for each block of queries."""
-        import torch
-
         from cpbench.kernels.accumulate import Accumulator
 
-        arrived = self.arrived()
-        order = torch.from_numpy(ordered.rows.rows).to(arrived.device)
-        rows_SW = self.context.buffers.get("comm_ordered", (len(order), arrived.shape[1]), arrived)
         result = Accumulator(q_THD.shape[0], self.context.buffers)
-        k, v = open_rows(torch.index_select(arrived, 0, order, out=rows_SW))
+        k, v = open_rows(in_position_order(self.arrived(), ordered.rows, self.context.buffers, "comm_ordered"))
         self.context.kernel.attend(q_THD, k, v, ordered.segments, self.context.scale, result)
         return result.result()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cpbench.attention_shape import AttentionShape
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cpbench.distributed.collectives import Group
     from cpbench.distributed.mesh import Groups
     from cpbench.kernels.base import Kernel
+    from cpbench.visible import InOrder
 
 
 class OpenRows(Protocol):
@@ -278,6 +280,24 @@ def _copied(cell: Cell, queries: int, keys: int, kv_heads: int) -> int:
         return 0
     copies = 2 if queries >= MIN_ROWS_TO_COPY else int(dim_qk != dim_v)
     return keys * kv_heads * copies * max(dim_qk, dim_v) * cell.element_bytes
+
+
+def in_position_order(rows_SW: Tensor, order: InOrder, buffers: Buffers, name: str) -> Tensor:
+    """Collected rows in the order of sequences and positions, in a reused buffer of that name; a view where they came in it."""
+    import torch
+
+    if order.is_identity:
+        return rows_SW[: len(order.rows)]
+    ordered = buffers.get(name, (len(order.rows), rows_SW.shape[1]), rows_SW)
+    return torch.index_select(rows_SW, 0, _index_of(order, rows_SW.device), out=ordered)
+
+
+@lru_cache(maxsize=64)
+def _index_of(order: InOrder, device: torch.device) -> Tensor:
+    """An order as an index tensor. Kept, because every layer needs it."""
+    import torch
+
+    return torch.from_numpy(order.rows).to(device)
 
 
 def row_index(ranges: Iterable[range], device: torch.device) -> Tensor:
