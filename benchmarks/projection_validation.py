@@ -1,0 +1,160 @@
+"""How far projections are from measurements: those that others published, or those of this machine.
+
+    python benchmarks/projection_validation.py
+    python benchmarks/projection_validation.py --measure
+
+The first projects every row of cpbench/projection/studies with the machine of its study put into the nearest profile, and fits nothing to a row
+that it predicts. The second needs a quiet machine for about five minutes: two ranks are calibrated, cells are swept over gloo, and the same
+cells are projected with compute measured by each rank alone. Printed is every row with its parts, and the mean and worst error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cpbench.projection.pricing import PricedClock
+from cpbench.projection.profile import load_profile
+from cpbench.projection.published import Study, load_study, study_names
+from cpbench.projection.simulated import META, without_storage
+from cpbench.projection.studied import Studied, studied
+from cpbench.reading import read
+from cpbench.results import CellResult
+
+SMALL = 0.020  # seconds: shorter cells are judged apart
+COUNTED = 0.01  # by what part peaks may differ
+DENSE = ("--model", "qwen3-tiny", "--layouts", "cp2,tp2,tp2sp", "--strategy", "ring,allgather,ulysses", "--seq")
+SWEEPS = (  # one by one, so that a projection is measured soon after its cells were
+    *((*DENSE, length) for length in ("4k", "2k", "1k", "256", "64")),
+    ("--model", "deepseek-v3-tiny", "--layouts", "cp2,tp2", "--strategy", "ring", "--seq", "1k"),
+    ("--model", "qwen3-moe-tiny", "--layouts", "cp2/ep2,tp2/ep2", "--strategy", "allgather", "--router", "uniform", "--seq", "1k"),
+)
+SAME = ("--layers", "4", "--quiet")
+RESTS_ON = {
+    "meta-context-parallel": "kernel rates of H100 x 800/989, two-line NVLink, 35 GB/s of 50 between hosts; eager kernels of cpbench's own program",
+    "ring-flash-attention": "the rate of one GPU alone, from the same table; merges and order of cpbench's own ring",
+    "sglang-tp-sp": "assumed constants of a 910B; cpbench's own order of kernels",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="hold projections against this machine instead of against what was published")
+    parser.add_argument("--quick", action="store_true", help="with --measure: a few sizes and cells, to see that it works")
+    options = parser.parse_args()
+    if options.measure:
+        with tempfile.TemporaryDirectory() as folder:
+            on_this_machine(Path(folder), options.quick)
+    else:
+        against_published()
+
+
+def against_published() -> None:
+    """Every row of every study."""
+    errors = []
+    for name in study_names():
+        study = load_study(name)
+        print(f"\n{study.title}\n  {study.source}\n  rests on: {RESTS_ON[name]}")
+        for row in study.rows:
+            found = studied(study, row)
+            print(f"  {row.layout:13} {row.strategy:9} {row.partition:10} {row.tokens:9,} {row.machine:7} {_beside(found)}", flush=True)
+            if found.error is not None and not row.is_rate:
+                errors.append(found.error)
+        if any(row.is_rate for row in study.rows):
+            _show_merges(study)
+        print("  unknown: " + "; ".join(study.unknown))
+    print(f"\n{_summary('published times', errors)}")
+
+
+def _beside(found: Studied) -> str:
+    """A row as it was published and as it is projected; of a change, in percentage points or bytes."""
+    row = found.row
+    if row.unit == "GB":
+        return f"published {row.value:+8.1f} GB  projected {found.value / 1e9:+8.2f} GB  {row.model}"
+    if row.change is not None:
+        points = 100 * (found.value - row.change)
+        return f"published {row.change:+8.1%}  projected {found.value:+8.1%} of {found.baseline_s:.2f} s  {points:+5.1f} points  {row.model}"
+    assert row.seconds is not None and found.error is not None
+    parts = f"work {1e3 * found.slowest.work_s:9.2f}, waits {1e3 * found.slowest.exposed_s:8.2f} ms"
+    return f"published {1e3 * row.seconds:9.2f} ms  projected {1e3 * found.seconds:9.2f} ms  {found.error:+6.1%}{' rate' if row.is_rate else '     '}  {parts}"
+
+
+def _show_merges(study: Study) -> None:
+    """What a ring's merges take operator by operator as cpbench has them, and as ring_flash_attn/utils.py (0.1.8) does."""
+    for machine in study.machines.values():
+        seconds = []
+        for is_ours in (True, False):
+            clock = PricedClock(load_profile(machine.device))
+            with without_storage("cuda"), clock:
+                out, new = (torch.empty(8192, 32, 128, dtype=dtype, device=META) for dtype in (torch.float32, torch.bfloat16))
+                part = torch.empty(8192, 32, 1, device=META)
+                out.lerp_(new.to(out.dtype), part) if is_ours else out - part * (out - new.to(out.dtype))
+            seconds.append(clock.seconds)
+        ours, theirs = (7e3 * taken for taken in seconds)
+        print(f"  seven merges, {machine.title}: {ours:.2f} ms in the projected program, {theirs:.2f} ms by the library's operators unless fused")
+
+
+def on_this_machine(folder: Path, quick: bool) -> None:
+    """Calibrate, sweep, project, and hold against each other what is of the same cell."""
+    profile = folder / "profile.json"
+    _cpbench("calibrate", "--max-ranks", "2", "--device", "cpu", "--output", str(profile), "--quiet", *(["--quick"] if quick else []))
+    pairs: list[tuple[CellResult, CellResult]] = []
+    for number, sweep in enumerate(SWEEPS[-3:] if quick else SWEEPS):
+        measured, projected = folder / f"measured{number}.json", folder / f"projected{number}.json"
+        _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", str(measured))
+        _cpbench("project", *sweep, *SAME, "--hardware", str(profile), "--compute", "measured", "--output", str(projected))
+        same = {cell.id: cell for cell in read(projected).cells}
+        pairs += [(cell, same[cell.id]) for cell in read(measured).cells]
+    errors: dict[bool, list[float]] = {True: [], False: []}
+    peaks = []
+    print("cell, measured and projected: TTFT, error; compute; waiting; peak of live tensors, error (ms, MB)")
+    for cell, other in pairs:
+        if cell.status != "ok" or other.status != "ok":
+            print(f"{cell.id}: {cell.status} {cell.reason or ''}, {other.status} {other.reason or ''}")
+            continue
+        time, error = _both(cell, other, "ttft_s")
+        peak = cell.memory.peak_live_bytes if cell.memory else None
+        held = other.metrics["projected_peak_live_bytes"].median
+        more = held / peak - 1 if peak else 0.0
+        peaks.append(more)
+        errors[cell.metrics["ttft_s"].median < SMALL].append(error)
+        compute, waiting = (_both(cell, other, name)[0] for name in ("compute_s", "exposed_comm_s"))
+        print(f"{cell.id.split('/l')[0]:26} {_of(cell):26} {time} {error:+6.1%}; {compute}; {waiting}; {(peak or 0) / 1e6:8.2f} {held / 1e6:8.2f} {more:+.2%}")
+    print(_summary(f"cells above {1e3 * SMALL:.0f} ms", errors[False]))
+    print(_summary("shorter cells", errors[True]))
+    print(_summary("peaks of live tensors", peaks), f"{sum(abs(more) > COUNTED for more in peaks)} differ by more than {COUNTED:.0%}")
+
+
+def _both(cell: CellResult, other: CellResult, name: str) -> tuple[str, float]:
+    """A metric as measured and as projected, in ms, and the error."""
+    measured, projected = cell.metrics[name].median, other.metrics[f"projected_{name}"].median
+    return f"{1e3 * measured:8.2f} {1e3 * projected:8.2f}", projected / measured - 1 if measured else 0.0
+
+
+def _of(cell: CellResult) -> str:
+    return f"{cell.key['layout']} {cell.key['strategy']} {cell.key['lengths'][0]}"
+
+
+def _summary(what: str, errors: Sequence[float]) -> str:
+    if not errors:
+        return f"{what}: none."
+    sizes = [abs(error) for error in errors]
+    mean, bias = sum(sizes) / len(sizes), sum(errors) / len(errors)
+    return f"{what}: {len(errors)} rows, mean absolute error {mean:.1%}, worst {max(sizes):.1%}, bias {bias:+.1%}."
+
+
+def _cpbench(*arguments: str) -> None:
+    """A command in a process of its own. Exits where it fails."""
+    done = subprocess.run([sys.executable, "-m", "cpbench", *arguments], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SystemExit(f"cpbench {' '.join(arguments)} ended with {done.returncode}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""One rank of a calibration, started by torchrun: it times products, attention, copies and collectives while all other ranks do the same.
+
+That is how programs run: on a CPU, ranks share caches and memory with busy siblings, and gloo's threads share cores with them. A time is a
+median: of all ranks' for their own work, and of the slowest rank's for collectives. Rows go to a file, one JSON object a line. What is made of
+them is decided in calibrating.py, and which sizes are measured in calibration_sizes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cpbench.distributed.collectives import ProcessGroup, Recorder, start_process_groups, stop_process_groups
+from cpbench.distributed.flight import Handle
+from cpbench.kernels import pick_kernel
+from cpbench.kernels.base import Kernel
+from cpbench.measure.device import Device, open_device
+from cpbench.measure.split import ELEMENT_BYTES, collective_call
+from cpbench.models.linear import QuantisedWeight, quantise, refusal, scaled_product
+from cpbench.projection.calibration_sizes import SIZES, Sizes
+from cpbench.quantisation import FP8
+from cpbench.rank_end import to_the_end
+from cpbench.stats import median
+
+STRETCH = 5e-3  # seconds of work between two readings of a clock; a single call may take microseconds
+ROUNDS, REPEATS = 3, 5  # over all trials of a kind, and of a trial in each
+BUDGET, LONG = 0.06, 0.2  # seconds of the repeats of a trial, and of a call from which on one must do
+WORK_SECONDS, TRANSFER_FACTOR = 0.02, 3.0  # of what runs beside a transfer, and how much longer that is
+OPERATIONS = ("send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce")
+
+
+def main(path: str) -> None:
+    """Run the job at `path`. Exits with 1 after a failure, without waiting for peers."""
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    with to_the_end():
+        torch.set_num_threads(job["threads"])
+        device = open_device(job["device"], int(os.environ["LOCAL_RANK"]))
+        start_process_groups(device.torch_device)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        group = ProcessGroup("world", range(size), rank, Recorder(), None)
+        with torch.inference_mode():
+            Calibration(job, group, device).run()
+        stop_process_groups()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Something to time: the row that says what, and the call, which holds its tensors only as long as it is timed."""
+
+    row: dict[str, Any]
+    make: Callable[[], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one world size measures. `job`: `rows` (the file), `compute` (or only collectives), `quick`, `device`, `threads`."""
+
+    job: dict[str, Any]
+    group: ProcessGroup
+    device: Device
+
+    def run(self) -> None:
+        """All of it, in the same order on all ranks."""
+        sizes = SIZES[self.device.torch_device.type, self.job["quick"]]
+        if self.job["compute"]:
+            self._write("environment", **_environment(self.device))
+            one = torch.ones(1, device=self.device.torch_device)
+            self._write("launch", seconds=median(self._times(lambda: one + one)))
+            for trials in (self._moved(sizes), self._gemms(sizes), self._attentions(sizes)):
+                self._measure(list(trials))
+        if self.group.size > 1:
+            self._measure(list(self._collectives(sizes)), alone=True)
+            if self.job["compute"]:
+                self._write("contention", **self._contention(sizes))
+
+    def _write(self, what: str, **fields: Any) -> None:
+        if self.group.rank == 0:
+            with Path(self.job["rows"]).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"what": what, "ranks": self.group.size, **fields}) + "\n")
+
+    def _measure(self, trials: Sequence[Trial], *, alone: bool = False) -> None:
+        """Write the times of some trials. Rounds go over all of them, so that what disturbs the machine for a while disturbs each a little."""
+        taken: list[list[float]] = [[] for _ in trials]
+        for _ in range(1 if self.job["quick"] else ROUNDS):
+            for trial, seconds in zip(trials, taken, strict=True):
+                if not seconds or seconds[0] < LONG:
+                    seconds.extend(self._times(trial.make(), alone=alone))
+        for trial, seconds in zip(trials, taken, strict=True):
+            self._write(**trial.row, seconds=median(seconds))
+
+    def _times(self, call: Callable[[], object], *, alone: bool = False) -> list[float]:
+        """Seconds of a call, several times: on any rank, of many calls in a row; or alone behind a barrier, on the slowest rank."""
+        call()
+        first = max(shared[0] for shared in self.group.share([self.device.time(call)]))
+        if first >= LONG:
+            return [first]
+        loops = 1 if alone else ceil(STRETCH / max(first, 1e-7))
+        taken = []
+        for _ in range(min(REPEATS, max(1, int(BUDGET / (loops * first))))):
+            self.group.barrier()
+            taken.append(self.device.time(lambda: [call() for _ in range(loops)]) / loops)
+        shared = self.group.share(taken)
+        return [max(ranks) for ranks in zip(*shared, strict=True)] if alone else [seconds for times in shared for seconds in times]
+
+    def _moved(self, sizes: Sizes) -> Iterator[Trial]:
+        """An element-wise kernel into fresh space."""
+        for count in sizes.moved_bytes:
+            yield Trial({"what": "moved", "bytes": count}, partial(self._doubled, count // (2 * ELEMENT_BYTES)))
+
+    def _doubled(self, elements: int) -> Callable[[], object]:
+        x = torch.ones(elements, device=self.device.torch_device)
+        return lambda: x * 2.0
+
+    def _gemms(self, sizes: Sizes) -> Iterator[Trial]:
+        for dtype in sizes.dtypes:
+            if dtype == FP8 and refusal(self.device.torch_device, FP8):
+                continue
+            for m, n, k in sizes.gemms:
+                yield Trial({"what": "gemm", "dtype": dtype, "m": m, "n": n, "k": k}, partial(self._product, m, n, k, dtype))
+
+    def _product(self, m: int, n: int, k: int, dtype: str) -> Callable[[], object]:
+        """x W^T, of fp8 without quantising x."""
+        narrow = dtype == FP8
+        kind = torch.bfloat16 if narrow else getattr(torch, dtype)
+        x, weight = (torch.randn(rows, k, device=self.device.torch_device).to(kind) for rows in (m, n))
+        if not narrow:
+            return lambda: torch.nn.functional.linear(x, weight)
+        (values, scales), held = quantise(x), QuantisedWeight(*quantise(weight))
+        return lambda: scaled_product(values, scales, held, kind)
+
+    def _attentions(self, sizes: Sizes) -> Iterator[Trial]:
+        """Causal squares and full rectangles by the kernel in use here."""
+        for dtype in (dtype for dtype in sizes.dtypes if dtype != FP8):
+            for heads, kv_heads, dim in sizes.heads:
+                kernel = pick_kernel(self.device.torch_device.type, dtype, dim, dim)
+                for q_rows, k_rows, causal in sizes.attentions:
+                    shape = {"q_rows": q_rows, "k_rows": k_rows, "causal": causal, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+                    row = {"what": "attention", "dtype": dtype, **shape, "kernel": kernel.dispatched(dtype, dim, dim)}
+                    yield Trial(row, partial(self._attention, kernel, row))
+
+    def _attention(self, kernel: Kernel, row: dict[str, Any]) -> Callable[[], object]:
+        like = {"device": self.device.torch_device, "dtype": getattr(torch, row["dtype"])}
+        q = torch.randn(row["q_rows"], row["heads"], row["dim"], **like)
+        k, v = (torch.randn(row["k_rows"], row["kv_heads"], row["dim"], **like) for _ in range(2))
+        return lambda: kernel.block(q, k, v, row["dim"] ** -0.5, row["causal"])
+
+    def _collectives(self, sizes: Sizes) -> Iterator[Trial]:
+        """In the way that programs call them."""
+        for operation in OPERATIONS:
+            for travels in sizes.collective_bytes:
+                make = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
+                yield Trial({"what": "collective", "operation": operation, "bytes": travels}, make)
+
+    def _contention(self, sizes: Sizes) -> dict[str, float]:
+        """Work of a rank, a transfer around the ring that takes longer, and both at once: how long the work took then, and both."""
+        product, longest = self._product(*sizes.work, sizes.dtypes[0]), sizes.collective_bytes[-1]
+        loops = ceil(WORK_SECONDS / median(self._times(product)))
+        rate = longest / median(self._times(collective_call(self.group, "send_recv", longest // ELEMENT_BYTES, self.device.torch_device), alone=True))
+        message = torch.rand(int(TRANSFER_FACTOR * WORK_SECONDS * rate) // ELEMENT_BYTES, device=self.device.torch_device)
+
+        def transfer() -> Handle:
+            return self.group.shift(message, torch.empty_like(message))
+
+        def work() -> None:
+            for _ in range(loops):
+                product()
+
+        marks: list[Any] = []
+
+        def together() -> None:
+            handle = transfer()
+            marks.append(self.device.mark())
+            work()
+            marks.append(self.device.mark())
+            handle.wait()
+
+        taken = []
+        for _ in range(3 if self.job["quick"] else 9):  # in turn, so that all three have the same neighbours
+            row = []
+            for call in (work, lambda: transfer().wait(), together):
+                self.group.barrier()
+                row.append(self.device.time(call))
+            taken += [*row, self.device.between(*marks[-2:])]
+        slowest = [max(ranks) for ranks in zip(*self.group.share(taken), strict=True)]
+        return {name: median(slowest[at::4]) for at, name in enumerate(("work_s", "transfer_s", "both_s", "work_during_s"))}
+
+
+def _environment(device: Device) -> dict[str, Any]:
+    """What only a running rank knows."""
+    cuda = device.torch_device.type == "cuda"
+    return {
+        "device": device.torch_device.type,
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "device_name": device.name,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
