@@ -1,17 +1,20 @@
 """Collectives over one axis of a layout, behind one interface with two backends; the only module that calls torch.distributed.
 
 `Group` checks, records and shortcuts; a backend moves the bytes. The *process group* backend, gloo or NCCL, is here, the *local* one in
-local.py. Every call is recorded (axis, operation, wire bytes received). What is sent, and when, is decided by strategies and the communicator.
+local.py. Every call is recorded (axis, operation, wire bytes received), and where somebody asks also when it flew (flight.py). What is
+sent, and when, is decided by strategies and the communicator.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from cpbench.distributed.flight import FlightLog, Handle, started
 from cpbench.distributed.observe import Observation, Observer
 from cpbench.distributed.traffic import Traffic, summed_parts
 from cpbench.partition import cut
@@ -28,6 +32,8 @@ from cpbench.partition import cut
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
+LET_GO_S = 1e-3
+
 
 @dataclass
 class Recorder:
@@ -35,6 +41,7 @@ class Recorder:
 
     traffic: Traffic = field(default_factory=Traffic)
     observation: Observation | None = None  # None: nobody looks, as in timed passes
+    flights: FlightLog | None = None  # None: nobody asks when
 
     @contextmanager
     def observing(self) -> Iterator[Observation]:
@@ -45,22 +52,19 @@ class Recorder:
         finally:
             self.observation = None
 
+    @contextmanager
+    def marking(self, flights: FlightLog | None) -> Iterator[None]:
+        """Log when collectives fly; None: nobody asks."""
+        self.flights = flights
+        try:
+            yield
+        finally:
+            self.flights = None
+
     def reset(self) -> Traffic:
         """Return what was counted since the last reset, and start again from nothing."""
         counted, self.traffic = self.traffic, Traffic()
         return counted
-
-
-class Handle:
-    """A collective in flight. `wait()` returns when its output may be read and its input reused."""
-
-    def __init__(self, wait: Callable[[], object] | None = None) -> None:
-        self._wait = wait
-
-    def wait(self) -> None:
-        if self._wait is not None:
-            self._wait()
-            self._wait = None
 
 
 class Group(ABC):
@@ -78,8 +82,8 @@ class Group(ABC):
         if self.size == 1:
             output.copy_(block)
             return Handle()
-        self._record("all_gather", _bytes(block) * (self.size - 1))
-        return self._all_gather(output, block)
+        received = _bytes(block) * (self.size - 1)
+        return self._call("all_gather", received, partial(self._all_gather, output, block))
 
     def all_gather_rows(self, output: Tensor, block: Tensor, rows: Sequence[int]) -> Handle:
         """Gather blocks of different lengths: `output` [sum(rows), ...] in rank order from `block` [rows[rank], ...]; both contiguous.
@@ -88,8 +92,8 @@ class Group(ABC):
         """
         if len(set(rows)) == 1:
             return self.all_gather(output, block)
-        self._record("all_gather", _bytes(output) - _bytes(block))
-        return self._gather_blocks(torch.split(output, list(rows)), block)
+        received = _bytes(output) - _bytes(block)
+        return self._call("all_gather", received, partial(self._gather_blocks, torch.split(output, list(rows)), block))
 
     def reduce_scatter_rows(self, partial: Tensor, rows: Sequence[int]) -> Tensor:
         """Sum `partial` [sum(rows), ...], contiguous, over the ranks and keep one's own rows [rows[rank], ...].
@@ -128,7 +132,7 @@ class Group(ABC):
             if output is None:
                 output = pieces[0].new_empty(rows[self.rank], *pieces[0].shape[1:])
             received = output.new_empty(self.size, end - first, *output.shape[1:])
-            handle = self._exchange(received.unbind(), pieces)
+            handle = self._start("reduce_scatter", _bytes(received[1:]), partial(self._exchange, received.unbind(), pieces))
             del pieces
             if arriving is not None:
                 _sum_arrived(*arriving)
@@ -147,7 +151,8 @@ class Group(ABC):
             sizes = [last - first for first, last in spans]
             ends = list(accumulate(sizes))
             piece = block.new_empty(ends[-1], *block.shape[1:])
-            handle = self._gather_blocks(list(torch.split(piece, sizes)), block[slice(*spans[self.rank])])
+            mine = block[slice(*spans[self.rank])]
+            handle = self._start("all_gather", _bytes(piece) - _bytes(mine), partial(self._gather_blocks, list(torch.split(piece, sizes)), mine))
             places = [
                 (slice(end - size, end), slice(start + first, start + last)) for (first, last), size, end, start in zip(spans, sizes, ends, starts, strict=True)
             ]
@@ -193,33 +198,31 @@ class Group(ABC):
             output.copy_(block)
             return Handle()
         row = _bytes(output[:1]) if output.shape[0] else 0
-        self._record("all_to_all", row * (sum(output_rows) - output_rows[self.rank]))
-        return self._all_to_all(output, block, list(output_rows), list(block_rows))
+        received = row * (sum(output_rows) - output_rows[self.rank])
+        return self._call("all_to_all", received, partial(self._all_to_all, output, block, list(output_rows), list(block_rows)))
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sum in place. A ring all-reduce receives 2 (size - 1) / size of the tensor; that is what is recorded."""
         if self.size == 1:
             return
-        self._record("all_reduce", 2 * _bytes(tensor) * (self.size - 1) // self.size)
-        self._all_reduce(tensor)
+        received = 2 * _bytes(tensor) * (self.size - 1) // self.size
+        self._call("all_reduce", received, partial(self._all_reduce, tensor)).wait()
 
     def shift(self, send: Tensor, receive: Tensor) -> Handle:
         """Send to the next rank and receive from the previous one, around the ring."""
         if self.size == 1:
             receive.copy_(send)
             return Handle()
-        self._record("send_recv", _bytes(receive))
         peers = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        return self._transfer({peers[0]: send}, {peers[1]: receive})
+        return self._call("send_recv", _bytes(receive), partial(self._transfer, {peers[0]: send}, {peers[1]: receive}))
 
     def send(self, tensor: Tensor, to: int) -> Handle:
         """Send a contiguous tensor to a rank of the group, which receives it. It must not change before `wait()` has returned."""
-        return self._send(tensor, to)
+        return self._start("send_recv", _bytes(tensor), partial(self._send, tensor, to))
 
     def receive(self, tensor: Tensor, source: int) -> Handle:
         """Receive into a contiguous tensor what a rank of the group sends; several from one rank come in order."""
-        self._record("send_recv", _bytes(tensor))
-        return self._receive(tensor, source)
+        return self._call("send_recv", _bytes(tensor), partial(self._receive, tensor, source))
 
     @property
     def process_group(self) -> Any:
@@ -246,11 +249,11 @@ class Group(ABC):
         return self._exchange(torch.split(output, output_rows), torch.split(block, block_rows))
 
     @abstractmethod
-    def _all_reduce(self, tensor: Tensor) -> None: ...
+    def _all_reduce(self, tensor: Tensor) -> Handle: ...
 
     def _gather_products(self, block: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         rows = block.new_empty(self.size * len(block), block.shape[1])
-        self._all_gather(rows, block).wait()
+        self._start("all_gather", _bytes(block) * (self.size - 1), partial(self._all_gather, rows, block)).wait()
         return [rows @ weight.T for weight in weights]
 
     def _product_scatter(self, rows_nK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -272,6 +275,15 @@ class Group(ABC):
 
     def _record(self, operation: str, received: int) -> None:
         self.recorder.traffic.add(self.axis, operation, received)
+
+    def _call(self, operation: str, received: int, begin: Callable[[], Handle]) -> Handle:
+        """Count a collective in which this rank receives so many bytes, and start it."""
+        self._record(operation, received)
+        return self._start(operation, received, begin)
+
+    def _start(self, operation: str, travels: int, begin: Callable[[], Handle]) -> Handle:
+        """Start a collective, or a piece of one, in which so many bytes travel to (or from) this rank, under the eyes of who looks on."""
+        return started(self.axis, self.size, operation, travels, begin, self.recorder.flights)
 
 
 class ProcessGroup(Group):
@@ -310,7 +322,12 @@ class ProcessGroup(Group):
         if not self._is_nccl or len(set(rows)) > 1:
             return super()._reduce_scatter(partial, rows, parts)
         output = partial.new_empty(rows[0], *partial.shape[1:])
-        _reduce_scatter_single(output, partial, group=self._group)
+
+        def begin() -> Handle:
+            _reduce_scatter_single(output, partial, group=self._group)
+            return Handle()
+
+        self._start("reduce_scatter", _bytes(output) * (self.size - 1), begin).wait()
         return output
 
     def _all_to_all(self, output: Tensor, block: Tensor, output_rows: list[int], block_rows: list[int]) -> Handle:
@@ -349,8 +366,11 @@ class ProcessGroup(Group):
         assert group is not None, "a group of several ranks"
         return str(group.group_name)
 
-    def _all_reduce(self, tensor: Tensor) -> None:
+    def _all_reduce(self, tensor: Tensor) -> Handle:
         dist.all_reduce(tensor, group=self._group)
+        if self.recorder.observation is not None and not self._is_nccl:
+            time.sleep(LET_GO_S)  # gloo's thread drops the tensor a moment after the call: until then memory that is free looks held
+        return Handle()
 
     def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
         operations = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self._group) for peer, tensor in send.items()]

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpbench.distributed.collectives import Group, Handle, Recorder
+from cpbench.distributed.collectives import Group, Recorder
+from cpbench.distributed.flight import Handle
 
 
 class LocalWorld:
@@ -125,9 +126,10 @@ class LocalGroup(Group):
         shared: list[list[float]] = self._meet([float(value) for value in values], list)
         return shared
 
-    def _all_reduce(self, tensor: Tensor) -> None:
+    def _all_reduce(self, tensor: Tensor) -> Handle:
         total = self._meet(tensor, lambda tensors: torch.stack(tensors).sum(0, dtype=tensor.dtype))
         tensor.copy_(total)
+        return Handle()
 
     def _transfer(self, send: Mapping[int, Tensor], receive: Mapping[int, Tensor]) -> Handle:
         def read(board: list[Any]) -> None:

@@ -8,11 +8,13 @@ itself; for the rest, experts use the attention axes or parts of them (sharding.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cpbench.distributed.collectives import Group, ProcessGroup, Recorder, device_mesh, new_process_group
 from cpbench.distributed.local import LocalWorld
+from cpbench.distributed.null import NullGroup, Tape
 from cpbench.layout import AXES, INNER_AXES, Coordinates, Layout
 from cpbench.sharding import partial_groups
 
@@ -46,6 +48,11 @@ class Groups:
             return self.parts[axis, size]
         group: Group = getattr(self, axis)
         return group
+
+    def several(self) -> list[Group]:
+        """Every group of several ranks but the world, in an order that is the same on all ranks."""
+        groups = [*(getattr(self, axis) for axis in GROUPED), *self.parts.values()]
+        return [group for group in groups if group.size > 1]
 
 
 GROUPED = tuple(one.name for one in fields(Groups) if one.name in (*AXES, *INNER_AXES, "ep"))
@@ -98,10 +105,19 @@ class Mesh:
 
 def local_groups(layout: Layout, world: LocalWorld, rank: int) -> Groups:
     """The same groups on the local backend, where every rank is a thread of this process."""
+    return _groups(layout, rank, world.group)
+
+
+def null_groups(layout: Layout, rank: int, tape: Tape, is_nccl: bool) -> Groups:
+    """The same groups on the null backend, where there is no other rank."""
+    return _groups(layout, rank, lambda axis, ranks, place, recorder: NullGroup(axis, ranks, place, recorder, tape, is_nccl))
+
+
+def _groups(layout: Layout, rank: int, make: Callable[[str, Sequence[int], int, Recorder], Group]) -> Groups:
+    """The groups of a rank, each made from its axis, its ranks, the place of this one among them, and the recorder."""
     recorder = Recorder()
-    mine = {axis: world.group(axis, ranks, ranks.index(rank), recorder) for axis in GROUPED for ranks in layout.groups(axis) if rank in ranks}
+    mine = {axis: make(axis, ranks, ranks.index(rank), recorder) for axis in GROUPED for ranks in layout.groups(axis) if rank in ranks}
     parts: dict[tuple[str, int], Group] = {
-        (axis, size): world.group(axis, ranks, ranks.index(rank), recorder) for axis, size, lists in partial_groups(layout) for ranks in lists if rank in ranks
+        (axis, size): make(axis, ranks, ranks.index(rank), recorder) for axis, size, lists in partial_groups(layout) for ranks in lists if rank in ranks
     }
-    everyone = world.group("world", range(layout.world_size), rank, recorder)
-    return Groups(layout, rank, **mine, world=everyone, recorder=recorder, parts=parts)
+    return Groups(layout, rank, **mine, world=make("world", range(layout.world_size), rank, recorder), recorder=recorder, parts=parts)

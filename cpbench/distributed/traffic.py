@@ -62,3 +62,23 @@ class Traffic:
         for (axis, operation), (calls, received) in sorted(self.counts.items()):
             nested.setdefault(axis, {})[operation] = {"calls": calls, "bytes": received}
         return nested
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective, or one piece of one, as one of the `size` ranks of a group sees it. `travels`: bytes that it receives, or sends to a single other.
+
+    `to` and `source`: whom it sends to and receives from, as steps from its own place in the group, so that the same is true of every place.
+    """
+
+    axis: str
+    size: int
+    operation: str
+    travels: int
+    to: tuple[int, ...]
+    source: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everybody meets everybody."""
+        return len(self.to) == len(self.source) == self.size - 1

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cpbench.device_kind import kind_of
 from cpbench.segments import MERGE_BLOCK, Span, joined
+from cpbench.tracing.spans import MERGE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,10 @@ class Accumulator:
         if self._whole is None and self._out is None and rows == self._rows:
             self._whole = (out_THE, lse_HT)
             return
+        with MERGE():
+            self._merged(rows, out_THE, lse_HT)
+
+    def _merged(self, rows: Span, out_THE: Tensor, lse_HT: Tensor) -> None:
         self._open(out_THE)
         assert self._out is not None and self._lse is not None
         for part, known in _cover(self._covered, rows):
@@ -92,7 +98,7 @@ def _merge(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, buffers: 
     """Merge in place. out [T, H, E] and lse [H, T] are wide; new_out may be narrower."""
     weight_TH1 = torch.sigmoid(new_lse - lse).t().contiguous().unsqueeze(-1)
     lse.copy_(torch.logaddexp(lse, new_lse))
-    if out.device.type != "cpu":
+    if kind_of(out) != "cpu":
         out.lerp_(new_out.to(out.dtype), weight_TH1.to(out.dtype))
         return
     rows, heads, dim = out.shape

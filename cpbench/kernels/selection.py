@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.buffers import Buffers
+from cpbench.device_kind import kind_of
 from cpbench.visible import TILES, Tile, Visible, require_visible
 
 NARROW = (torch.float16, torch.bfloat16)
@@ -39,7 +40,7 @@ def select(
     """
     require_visible(blocks)
     ids_nK = torch.full((q_nHD.shape[0], top_k), -1, dtype=torch.int32, device=q_nHD.device)
-    scores = _Scores(tile or TILES[q_nHD.device.type], q_nHD, blocks, buffers or Buffers())
+    scores = _Scores(tile or TILES[kind_of(q_nHD)], q_nHD, blocks, buffers or Buffers())
     for block in blocks:
         row, scored = block.queries.start, block.rows_seeing(top_k)
         if scored:
@@ -85,6 +86,8 @@ def _best(scores_tS: Tensor, top_k: int) -> Tensor:
     """
     last_t1 = scores_tS.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True)
     chosen = scores_tS >= last_t1
+    if chosen.is_meta:  # shapes alone: there are no scores to look for
+        return chosen.new_empty(len(chosen), top_k, dtype=torch.int64)
     if bool((chosen.sum(1) > top_k).any()):
         tied = scores_tS == last_t1
         places_t1 = top_k - (scores_tS > last_t1).sum(1, keepdim=True)
@@ -101,7 +104,7 @@ def _all_seen(block: Visible, rows: int, top_k: int, device: torch.device) -> Te
 
 def operand(x: Tensor) -> Tensor:
     """What is multiplied: processors without matrix units for half precision multiply fp32 several times faster."""
-    return x.float() if x.device.type == "cpu" and x.dtype in NARROW else x
+    return x.float() if kind_of(x) == "cpu" and x.dtype in NARROW else x
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

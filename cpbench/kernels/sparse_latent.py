@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpbench.buffers import Buffers
+from cpbench.device_kind import kind_of
 from cpbench.kernels.selection import operand, product
 from cpbench.segments import Span
 from cpbench.visible import TILE_BYTES, Visible, pieces, require_visible, rows_attending_to_all, rows_attending_to_selected
@@ -42,7 +43,7 @@ def attend_selected(
     tiles = _Tiles(rows_SW, scale, kv_rank, buffers or Buffers())
     out_nHR = q_nHW.new_zeros(n, heads, kv_rank)
     lse_Hn = q_nHW.new_full((heads, n), -torch.inf, dtype=tiles.wide)
-    values = (tile_bytes or TILE_BYTES[q_nHW.device.type]) // tiles.wide.itemsize
+    values = (tile_bytes or TILE_BYTES[kind_of(q_nHW)]) // tiles.wide.itemsize
     for block in blocks:
         seeing_all = block.rows_seeing(top_k)
         for first, last in pieces(0, seeing_all, rows_attending_to_all(block, (heads, kv_rank), top_k, values)):

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +25,17 @@ class Device(Protocol):
     def time(self, run: Callable[[], object]) -> float:
         """Seconds from the start of `run` to the moment the device has finished it."""
 
+    marks_are_free: bool  # so that timed passes may be marked
+
+    def mark(self) -> Any:
+        """This moment in the rank's work."""
+
+    def between(self, first: Any, second: Any) -> float:
+        """Seconds between two marks, once the work is done."""
+
+    def uuids(self, count: int) -> list[str]:
+        """What NVML calls the GPUs of the first `count` ranks; nothing where they have none."""
+
     def reset_peaks(self) -> None:
         """Start a new peak measurement."""
 
@@ -35,6 +46,8 @@ class Device(Protocol):
 class Cpu:
     """Host memory and the monotonic clock."""
 
+    marks_are_free = True
+
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.name = "cpu"
@@ -43,6 +56,15 @@ class Cpu:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
+
+    def uuids(self, count: int) -> list[str]:
+        return []
 
     def reset_peaks(self) -> None:
         if sys.platform == "linux":
@@ -59,13 +81,18 @@ class Cpu:
 class Accelerator:
     """The accelerator that torch was built for: events in the stream, and the caching allocator."""
 
-    def __init__(self, index: int) -> None:
+    marks_are_free = False  # an event takes microseconds of the thread that launches kernels
+
+    def __init__(self, index: int, memory_limit: int | None = None) -> None:
         kind = torch.accelerator.current_accelerator()
         if kind is None:
             raise RuntimeError("this PyTorch sees no accelerator")
         torch.accelerator.set_device_index(index)
         self.torch_device = torch.device(kind.type, index)
         self.name = torch.cuda.get_device_name(index) if kind.type == "cuda" else kind.type
+        if memory_limit is not None and kind.type == "cuda":
+            total = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total), index)
 
     def time(self, run: Callable[[], object]) -> float:
         start, stop = (torch.Event(self.torch_device.type, enable_timing=True) for _ in range(2))
@@ -75,6 +102,19 @@ class Accelerator:
         stop.record()
         torch.accelerator.synchronize()
         return float(start.elapsed_time(stop)) / 1e3
+
+    def mark(self) -> torch.Event:
+        event = torch.Event(self.torch_device.type, enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first: torch.Event, second: torch.Event) -> float:
+        return float(first.elapsed_time(second)) / 1e3
+
+    def uuids(self, count: int) -> list[str]:
+        if self.torch_device.type != "cuda" or torch.version.cuda is None:
+            return []
+        return [f"GPU-{torch.cuda.get_device_properties(rank).uuid}" for rank in range(count)]
 
     def reset_peaks(self) -> None:
         torch.accelerator.synchronize()
@@ -88,6 +128,9 @@ class Accelerator:
         }
 
 
-def open_device(kind: str, local_rank: int) -> Device:
-    """This rank's device: `cpu`, or the accelerator with the rank's local index."""
-    return Cpu() if kind == "cpu" else Accelerator(local_rank)
+def open_device(kind: str, local_rank: int, memory_limit: int | None = None) -> Device:
+    """This rank's device: `cpu`, or the accelerator with the rank's local index.
+
+    `memory_limit`: bytes that CUDA's allocator may take. Others cannot be told: there the memory pass holds live tensors against it.
+    """
+    return Cpu() if kind == "cpu" else Accelerator(local_rank, memory_limit)

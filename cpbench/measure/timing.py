@@ -1,12 +1,13 @@
 """How often a pass is timed: until the median is known well enough, or the time is over. Every rank takes the same decision.
 
 A sample is the maximum over ranks of one pass; the ranks meet before each. All decisions are functions of samples that every rank has,
-so nobody has to be told. What a sample means is the caller's business.
+so nobody has to be told. Two variants that are compared alternate, A B B A, so that what drifts falls on both alike. What a sample means is
+the caller's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +65,29 @@ def one_pass(run: Callable[[], Any], prepare: Callable[[], Any], device: Device,
     return [seconds for (seconds,) in world.share([device.time(run)])]
 
 
-def sample(run: Callable[[], Any], prepare: Callable[[], Any], timing: Timing, device: Device, world: Group, seen: Callable[[int, float], None]) -> Samples:
-    """Time passes until `timing` says stop. `seen(n, seconds)` is called after each, outside the timed part."""
-    samples = Samples()
-    while not samples.stop:
-        samples.ranks.append(one_pass(run, prepare, device, world))
-        seen(len(samples.ranks), max(samples.ranks[-1]))
-        samples.stop = timing.stop(samples.slowest) or ""
-    return samples
+@dataclass(frozen=True)
+class Variant:
+    """What is timed: a pass, what goes before each outside the timed part, and who is told (n, seconds) after each."""
+
+    run: Callable[[], Any]
+    prepare: Callable[[], Any]
+    seen: Callable[[int, float], None]
+
+
+def block_order(variants: int) -> tuple[int, ...]:
+    """The passes of one block: one pass of a variant that is alone, else each variant and back again, so that a steady drift adds the same to all."""
+    there = tuple(range(variants))
+    return there + there[::-1] if variants > 1 else there
+
+
+def sample(variants: Sequence[Variant], timing: Timing, device: Device, world: Group) -> list[Samples]:
+    """Time whole blocks of passes until `timing` says stop for every variant; all have the same number of samples."""
+    everything = [Samples() for _ in variants]
+    while not all(samples.stop for samples in everything):
+        for number in block_order(len(variants)):
+            variant, samples = variants[number], everything[number]
+            samples.ranks.append(one_pass(variant.run, variant.prepare, device, world))
+            variant.seen(len(samples.ranks), max(samples.ranks[-1]))
+        for samples in everything:
+            samples.stop = timing.stop(samples.slowest) or ""
+    return everything

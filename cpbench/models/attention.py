@@ -19,6 +19,7 @@ from cpbench.models.rope import rotate
 from cpbench.models.weights import Weights
 from cpbench.sharding import ATTENTION, Shard
 from cpbench.strategies.base import ParallelAttention, keys_and_values
+from cpbench.tracing.spans import PROJECT
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class GroupedQueryAttention:
 
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
-        q_nHD, rows_nW = self._project(x, cos, sin, attention, layer)
+        with PROJECT():
+            q_nHD, rows_nW = self._project(x, cos, sin, attention, layer)
         out_nHD = attention.attend(q_nHD, rows_nW, self.open_rows, layer)
         del q_nHD
         return Partial(out_nHD.flatten(1), self.axes, self.o_weight)

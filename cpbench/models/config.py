@@ -66,6 +66,16 @@ class Yarn:
 
 
 @dataclass(frozen=True)
+class LlamaRope:
+    """Rotary frequencies stretched as Llama 3.1 does: waves longer than `original` / `low` by the factor, shorter than `original` / `high` not."""
+
+    factor: float
+    original: int  # positions that the model was trained on
+    low: float = 1.0
+    high: float = 4.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder with grouped-query or latent attention, dense or with experts. Sizes are numbers of elements."""
 
@@ -86,6 +96,7 @@ class ModelConfig:
     experts: Experts | None = None
     indexer: Indexer | None = None
     yarn: Yarn | None = None
+    llama_rope: LlamaRope | None = None
 
     def __post_init__(self) -> None:
         for field in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
@@ -107,7 +118,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """The inverse of `to_dict`."""
-        parts = {"latent": LatentAttention, "experts": Experts, "indexer": Indexer, "yarn": Yarn}
+        parts = {"latent": LatentAttention, "experts": Experts, "indexer": Indexer, "yarn": Yarn, "llama_rope": LlamaRope}
         return cls(**{name: parts[name](**value) if name in parts and value is not None else value for name, value in data.items()})
 
     @property

@@ -7,7 +7,7 @@ the parallel attention inside one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +30,7 @@ from cpbench.models.sparse import SparseLatentAttention
 from cpbench.models.weights import Weights
 from cpbench.sharding import VOCABULARY, Shard, shard_of
 from cpbench.strategies.base import ParallelAttention
+from cpbench.tracing.spans import ATTENTION, LAYER, MLP, OUTPUT
 
 EMBEDDING = "model.embed_tokens.weight"
 # what a layer shows to who watches it, in the order in which it runs: rows [n, M] that a rank holds between blocks
@@ -51,7 +52,7 @@ class Slice:
     `absorbed`: latent attention works in the latent's width (latent.py).
     """
 
-    layers: range
+    layers: Sequence[int]
     embedding: bool
     head: bool
     attention: Shard
@@ -102,16 +103,23 @@ class DecoderLayer:
         self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention | None, communicator: Communicator, watch: Watch | None = None
     ) -> Tensor:
         """Adds this layer to `x_nM` in place. Without attention (and rows) the rank only helps with the tokens of others."""
-        index, eps = self.index, self.eps
-        if attention is not None:
-            block = self.attention
-            normed = communicator.incoming(shown(watch, rms_norm(x_nM, self.input_norm, eps), "input norm", index), block.axes)
-            partial = block.forward(normed, cos, sin, attention, index)
+        index = self.index
+        with LAYER(index):
+            if attention is not None:
+                with ATTENTION():
+                    self._attend(x_nM, cos, sin, attention, communicator, watch)
+            with MLP():
+                out_nM = self.mlp.forward(lambda: shown(watch, rms_norm(x_nM, self.mlp_norm, self.eps), "feed-forward norm", index), communicator)
+                return shown(watch, x_nM.add_(shown(watch, out_nM, "feed-forward", index)), "residual", index)
+
+    def _attend(self, x_nM: Tensor, cos: Tensor, sin: Tensor, attention: ParallelAttention, communicator: Communicator, watch: Watch | None) -> None:
+        """x += attention(norm(x))."""
+        block, index = self.attention, self.index
+        normed = communicator.incoming(shown(watch, rms_norm(x_nM, self.input_norm, self.eps), "input norm", index), block.axes)
+        partial = block.forward(normed, cos, sin, attention, index)
+        with OUTPUT():
             x_nM.add_(shown(watch, communicator.complete(partial), "attention", index))
-            del normed, partial
-            shown(watch, x_nM, "residual after attention", index)
-        out_nM = self.mlp.forward(lambda: shown(watch, rms_norm(x_nM, self.mlp_norm, eps), "feed-forward norm", index), communicator)
-        return shown(watch, x_nM.add_(shown(watch, out_nM, "feed-forward", index)), "residual", index)
+        shown(watch, x_nM, "residual after attention", index)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Decoder:
         self, x_nM: Tensor, positions_n: Tensor, attention: ParallelAttention | None, communicator: Communicator, watch: Watch | None = None
     ) -> Tensor:
         """This stage's layers over the hidden states of this rank's tokens, in place. `watch` is called with what SHOWN names, of each layer."""
-        cos, sin = cos_sin(positions_n, self.config.rotary_dim, self.config.rope_theta, self.config.yarn)
+        cos, sin = cos_sin(positions_n, self.config.rotary_dim, self.config.rope_theta, self.config.yarn, self.config.llama_rope)
         for layer in self.layers:
             x_nM = layer.forward(x_nM, cos, sin, attention, communicator, watch)
         return x_nM
@@ -178,10 +186,15 @@ class Decoder:
 
     def parameters(self) -> list[Tensor]:
         """Every weight tensor held, each once."""
-        return list({id(tensor): tensor for tensor in _tensors(self)}.values())
+        return parameters_of(self)
 
 
 PARTS = (list, QuantisedWeight, InvariantWeight, DecoderLayer, GroupedQueryAttention, MultiHeadLatentAttention, LightningIndexer, DenseMLP, SparseMLP, Router)
+
+
+def parameters_of(part: object) -> list[Tensor]:
+    """Every weight tensor of a decoder or a part of one, each once."""
+    return list({id(tensor): tensor for tensor in _tensors(part)}.values())
 
 
 def _tensors(part: object) -> Iterator[Tensor]:

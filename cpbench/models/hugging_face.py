@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.errors import CpbenchError, unknown
-from cpbench.models.config import Experts, Indexer, LatentAttention, ModelConfig, Yarn
+from cpbench.models.config import Experts, Indexer, LatentAttention, LlamaRope, ModelConfig, Yarn
 
 Raw = dict[str, Any]
 
@@ -95,7 +95,8 @@ def _common(raw: Raw, file: Path) -> Raw:
         "rope_theta": float(rope["rope_theta"] if "rope_theta" in rope else raw.get("rope_theta", 1e4)),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "yarn": _yarn(rope, file),
+        "yarn": None if _is_llama_rope(rope) else _yarn(rope, file),
+        "llama_rope": _llama_rope(rope, file) if _is_llama_rope(rope) else None,
     }
 
 
@@ -221,7 +222,7 @@ def _yarn(rope: Raw, file: Path) -> Yarn | None:
     others = sorted(name for name, value in rope.items() if name not in ROPE_FIELDS and value is not None)
     if kind not in SCALED_ROPE or others:
         what = f"{others[0]} = {_shown(rope[others[0]])}" if kind in SCALED_ROPE else f"rope_type = {_shown(kind)}"
-        hint = "Remove rope_scaling from the config to measure it; timing does not depend on it. Of scaled RoPE, cpbench computes yarn."
+        hint = "Remove rope_scaling from the config to measure it; timing does not depend on it. Of scaled RoPE, cpbench computes yarn and llama3."
         raise CpbenchError(f"{file} asks for scaled RoPE ({what}), which cpbench does not implement.", hint)
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if bool(mscale) != bool(all_dim):
@@ -237,6 +238,21 @@ def _yarn(rope: Raw, file: Path) -> Yarn | None:
     if yarn.factor < 1:
         raise CpbenchError(f"{file} has the RoPE factor {yarn.factor:g}.", "A factor stretches positions: it is at least 1.")
     return yarn
+
+
+def _is_llama_rope(rope: Raw) -> bool:
+    return bool(rope.get("rope_type", rope.get("type")) == "llama3")
+
+
+def _llama_rope(rope: Raw, file: Path) -> LlamaRope:
+    """Scaled frequencies of Llama 3.1."""
+    found = LlamaRope(
+        float(rope["factor"]), _whole(rope, "original_max_position_embeddings", file), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    )
+    if found.factor < 1 or not 0 < found.low < found.high:
+        what = f"factor {found.factor:g}, low_freq_factor {found.low:g} and high_freq_factor {found.high:g}"
+        raise CpbenchError(f"{file} has RoPE of {what}.", "The factor is at least 1, and low_freq_factor below high_freq_factor; Llama 3.1 has 8, 1 and 4.")
+    return found
 
 
 def _whole(raw: Raw, name: str, file: Path, least: int = 1) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cpbench.deterministic import COLUMNS, DEPTH, ROWS, TILE, run_of
+from cpbench.device_kind import kind_of
 from cpbench.distributed.deterministic import tree_sum
 
 RUN_VALUES = 1 << 27  # values of all runs that exist at a time on CUDA
@@ -96,7 +97,7 @@ def _padded(rows_xK: Tensor, count: int) -> Tensor:
 def in_blocks(function: Callable[[Tensor], Tensor], x_nW: Tensor) -> Tensor:
     """An elementwise function of rows, a few at a time, on one thread each: its vector and its scalar form may differ in the last bit, and
     where threads or rows end, the scalar one computes what is left. On CUDA all values are computed alike."""
-    if x_nW.is_cuda:
+    if kind_of(x_nW) == "cuda":
         return function(x_nW)
     step = rows_at_a_time(x_nW.shape[1])
     whole_mW = _padded(x_nW, -(-len(x_nW) // VECTOR) * VECTOR) if x_nW.shape[1] % VECTOR else x_nW

@@ -23,6 +23,7 @@ from cpbench.models.rope import rotate_neighbours
 from cpbench.models.weights import Weights
 from cpbench.sharding import ATTENTION, Shard
 from cpbench.strategies.base import OpenRows, ParallelAttention
+from cpbench.tracing.spans import PROJECT, RELEASE
 
 
 class MultiHeadLatentAttention:
@@ -52,6 +53,17 @@ class MultiHeadLatentAttention:
 
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
+        with PROJECT():
+            q_nhD, rows_nW = self._project(x, cos, sin, attention, layer)
+        out_nhE = attention.attend(q_nhD, rows_nW, self.open_rows, layer)
+        del q_nhD
+        if self.absorbed:
+            with RELEASE():
+                out_nhE = release_outputs(out_nhE, self.kv_b_weight, self.sizes)
+        return self._partial(out_nhE)
+
+    def _project(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> tuple[Tensor, Tensor]:
+        """Queries [n, h, D], absorbed where that is asked for, and the rows that travel [n, R + P]."""
         if self.sizes.q_rank is None:
             q_nhD, latent_nW = x.cut(Projection(self.q_weight), self._latent)
         else:
@@ -63,13 +75,7 @@ class MultiHeadLatentAttention:
             q_nhD = linear(c_q_nR, self.q_weight)
             del c_q_nR
         q_nhD = self._heads(q_nhD, cos, sin)
-        if self.absorbed:
-            q_nhD = absorb_queries(q_nhD, self.kv_b_weight, self.sizes)
-        out_nhE = attention.attend(q_nhD, rows_nW, self.open_rows, layer)
-        del q_nhD
-        if self.absorbed:
-            out_nhE = release_outputs(out_nhE, self.kv_b_weight, self.sizes)
-        return self._partial(out_nhE)
+        return absorb_queries(q_nhD, self.kv_b_weight, self.sizes) if self.absorbed else q_nhD, rows_nW
 
     def _partial(self, out_nhE: Tensor) -> Partial:
         return Partial(out_nhE.flatten(1), self.axes, self.o_weight)

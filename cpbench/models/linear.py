@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from cpbench.device_kind import kind_of
 from cpbench.models.invariant import InvariantWeight, invariant_linear
 from cpbench.quantisation import BLOCK, FP8, blocks
 
@@ -95,7 +96,7 @@ def linear(x_nK: Tensor, weight: Weight, bias_N: Tensor | None = None) -> Tensor
     if isinstance(weight, InvariantWeight):
         out_nN = invariant_linear(x_nK, weight)
     else:
-        out_nN = _scaled(x_nK, weight) if x_nK.is_cuda and len(x_nK) else _simulated(x_nK, weight)
+        out_nN = _scaled(x_nK, weight) if kind_of(x_nK) == "cuda" and len(x_nK) else _simulated(x_nK, weight)
     return out_nN if bias_N is None else out_nN.add_(bias_N)
 
 
@@ -111,11 +112,11 @@ def grouped_linear(x_PK: Tensor, weight_ENK: Weight, ends_E: Tensor) -> Tensor:
 
 def has_grouped(x_PK: Tensor, weight_ENK: Weight) -> bool:
     """Whether PyTorch has one kernel for `grouped_linear`: bf16 on CUDA, and on Hopper for quantised weights."""
-    if not x_PK.is_cuda or isinstance(weight_ENK, InvariantWeight) or x_PK.dtype != torch.bfloat16 or not len(x_PK):
+    if kind_of(x_PK) != "cuda" or isinstance(weight_ENK, InvariantWeight) or x_PK.dtype != torch.bfloat16 or not len(x_PK):
         return False
     if isinstance(weight_ENK, Tensor):
         return hasattr(F, "grouped_mm")
-    return hasattr(torch, "_scaled_grouped_mm") and torch.cuda.get_device_capability(x_PK.device) == GROUPED_CAPABILITY
+    return hasattr(torch, "_scaled_grouped_mm") and (x_PK.is_meta or torch.cuda.get_device_capability(x_PK.device) == GROUPED_CAPABILITY)
 
 
 def refusal(device: torch.device, quant: str) -> str | None:
@@ -140,8 +141,12 @@ def quantise(x_nK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(x_nK: Tensor, weight: QuantisedWeight) -> Tensor:
-    values_nK, scales_n = quantise(x_nK)
-    return torch._scaled_mm(values_nK, weight.values.t(), scales_n[:, None], weight.scales[None], out_dtype=x_nK.dtype, use_fast_accum=True)
+    return scaled_product(*quantise(x_nK), weight, x_nK.dtype)
+
+
+def scaled_product(values_nK: Tensor, scales_n: Tensor, weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+    """The product of quantised rows and a quantised weight [n, N], on CUDA."""
+    return torch._scaled_mm(values_nK, weight.values.t(), scales_n[:, None], weight.scales[None], out_dtype=dtype, use_fast_accum=True)
 
 
 def _simulated(x_nK: Tensor, weight: QuantisedWeight) -> Tensor:

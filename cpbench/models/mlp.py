@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from cpbench.communicator import Communicator, Incoming, Partial
+from cpbench.device_kind import kind_of
 from cpbench.models.config import ModelConfig
 from cpbench.models.invariant import rows_at_a_time
 from cpbench.models.linear import Projection, Weight, linear
@@ -42,7 +43,7 @@ class DenseMLP:
 def gated(gate_up_nI: Tensor) -> Tensor:
     """silu(gate) * up [n, I] of gate and up side by side, in the place of gate."""
     gate, up = gate_up_nI.chunk(2, 1)
-    step = len(gate) if gate.is_cuda else rows_at_a_time(gate.shape[1])  # on CPU a few rows stay in cache, and each is computed alike (invariant.py)
+    step = len(gate) if kind_of(gate) == "cuda" else rows_at_a_time(gate.shape[1])  # on CPU a few rows stay in cache, and each is computed alike (invariant.py)
     for first in range(0, len(gate), max(1, step)):
         rows = slice(first, first + step)
         F.silu(gate[rows], inplace=True).mul_(up[rows])

@@ -25,6 +25,7 @@ from cpbench.models.mlp import DenseMLP, activated
 from cpbench.models.router import Choice, Router
 from cpbench.models.weights import Weights
 from cpbench.sharding import Shard
+from cpbench.tracing.spans import EXPERTS, ROUTE, SHARED
 
 
 class SparseMLP:
@@ -56,11 +57,14 @@ class SparseMLP:
         x_nM = communicator.enter_experts(normed())
         rows, shared = len(x_nM), None
         if self.shared is not None:
-            shared = communicator.scatter_shared(self.shared.partial(communicator.incoming_shared(x_nM, self.shared.axes)))
+            with SHARED():
+                shared = communicator.scatter_shared(self.shared.partial(communicator.incoming_shared(x_nM, self.shared.axes)))
         x_uM = communicator.gather_unit(x_nM)
         del x_nM
-        choice = self.router.forward(x_uM, communicator.routing)
-        routed = self._exchanged(x_uM, choice, communicator) if communicator.unit.alltoall else self._local(x_uM, choice)
+        with ROUTE():
+            choice = self.router.forward(x_uM, communicator.routing)
+        with EXPERTS():
+            routed = self._exchanged(x_uM, choice, communicator) if communicator.unit.alltoall else self._local(x_uM, choice)
         del x_uM
         return communicator.combine_unit(routed, rows, shared)
 
@@ -76,7 +80,7 @@ class SparseMLP:
         places_uK = _places(sorted_P, local_uK)
         if self.is_deterministic:  # all experts are here
             return _summed_in_tree(out_PM, places_uK, choice, self.count)
-        return _summed(out_PM, places_uK, choice.weights_nK.masked_fill(absent_uK, 0), x_uM)
+        return _summed(out_PM, places_uK, choice.weights_nK.masked_fill(absent_uK.to(choice.weights_nK.device), 0), x_uM)
 
     def _exchanged(self, x_uM: Tensor, choice: Choice, communicator: Communicator) -> Tensor:
         """Sums [u, M] over all experts, each computed where it is."""

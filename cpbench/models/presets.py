@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.errors import unknown
-from cpbench.models.config import Experts, Indexer, LatentAttention, ModelConfig, Yarn
+from cpbench.models.config import Experts, Indexer, LatentAttention, LlamaRope, ModelConfig, Yarn
 from cpbench.models.hugging_face import from_hugging_face
 
 # fmt: off
@@ -45,6 +45,8 @@ _CONFIGS = [
                 indexer=Indexer(64, 128, 2048)),
     ModelConfig("llama3-8b",     4096,   32,   32,  8,  128,  14336, 128256, qk_norm=False, rope_theta=5e5, norm_eps=1e-5),
     ModelConfig("llama3-70b",    8192,   80,   64,  8,  128,  28672, 128256, qk_norm=False, rope_theta=5e5, norm_eps=1e-5),
+    ModelConfig("llama3-405b",  16384,  126,  128,  8,  128,  53248, 128256, qk_norm=False, rope_theta=5e5, norm_eps=1e-5,
+                llama_rope=LlamaRope(8.0, 8192)),
 ]
 # fmt: on
 PRESETS: dict[str, ModelConfig] = {config.name: config for config in _CONFIGS}

@@ -1,6 +1,6 @@
 """Rotary position embedding: half-split pairs (i, i + D/2) as NeoX and Llama have them, or neighbours (2i, 2i + 1) as DeepSeek has.
 
-Positions are given, never assumed. Frequencies may be stretched by YaRN (arXiv 2309.00071), as DeepSeek's are.
+Positions are given, never assumed. Frequencies may be stretched by YaRN (arXiv 2309.00071), as DeepSeek's are, or as those of Llama 3.1.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from cpbench.models.config import Yarn
+from cpbench.models.config import LlamaRope, Yarn
 from cpbench.models.invariant import in_blocks
 
 
-def cos_sin(positions_n: Tensor, dim: int, theta: float, yarn: Yarn | None = None) -> tuple[Tensor, Tensor]:
+def cos_sin(positions_n: Tensor, dim: int, theta: float, yarn: Yarn | None = None, llama: LlamaRope | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin [n, 1, D/2] in fp32 of positions [n], for `dim` = D rotated values."""
-    frequency = _frequencies(dim, theta, yarn, positions_n.device)
+    frequency = _frequencies(dim, theta, yarn, llama, positions_n.device)
     angle = positions_n.to(torch.float32)[:, None] * frequency
     cos, sin = (in_blocks(function, angle).unsqueeze(1) for function in (torch.cos, torch.sin))
     if yarn is None:
@@ -35,10 +35,14 @@ def _attention_scale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _frequencies(dim: int, theta: float, yarn: Yarn | None, device: torch.device) -> Tensor:
-    """[D/2] in fp32. With YaRN, slow rotations are stretched by its factor, fast ones are not, and between them it changes linearly."""
+def _frequencies(dim: int, theta: float, yarn: Yarn | None, llama: LlamaRope | None, device: torch.device) -> Tensor:
+    """[D/2] in fp32. Slow rotations are stretched by a factor, fast ones are not; between them it changes linearly, with YaRN over the dimensions,
+    with Llama's over the turns in the positions that the model was trained on."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     own = theta**-exponent
+    if llama is not None:
+        kept = ((llama.original * own / (2 * math.pi) - llama.low) / (llama.high - llama.low)).clamp_(0, 1)
+        return own / llama.factor * (1 - kept) + own * kept
     if yarn is None:
         return own
 

@@ -20,6 +20,7 @@ from cpbench.models.weights import Weights
 from cpbench.selective_attention import IndexQueries, SelectiveAttention
 from cpbench.sharding import Shard
 from cpbench.strategies.base import ParallelAttention
+from cpbench.tracing.spans import PROJECT, RELEASE
 
 
 class SparseLatentAttention(MultiHeadLatentAttention):
@@ -32,20 +33,24 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def forward(self, x: Incoming, cos: Tensor, sin: Tensor, attention: ParallelAttention, layer: int) -> Partial:
         """Partial sums of the attention block's output for its normed input."""
         assert isinstance(attention, SelectiveAttention), "keys of a sparse model are selected"
-        c_q_nR, latent_nW, k_nD, gates_nH = x.whole(self._low_rank, self._latent, *self.indexer.projections)
-        width = self.sizes.row_values
-        rows_nW = attention.rows(layer, (latent_nW.shape[0], width + self.indexer.dim), latent_nW)
-        self._place(latent_nW, cos, sin, rows_nW[:, :width])
-        rows_nW[:, width:] = self.indexer.keys(k_nD, cos, sin)
-        del latent_nW, k_nD
+        with PROJECT():
+            c_q_nR, latent_nW, k_nD, gates_nH = x.whole(self._low_rank, self._latent, *self.indexer.projections)
+            width = self.sizes.row_values
+            rows_nW = attention.rows(layer, (latent_nW.shape[0], width + self.indexer.dim), latent_nW)
+            self._place(latent_nW, cos, sin, rows_nW[:, :width])
+            rows_nW[:, width:] = self.indexer.keys(k_nD, cos, sin)
+            del latent_nW, k_nD
         collect = attention.collect(rows_nW, layer)
-        index = IndexQueries(*self.indexer.queries(c_q_nR, gates_nH, cos, sin))
-        del gates_nH
+        with PROJECT():
+            index = IndexQueries(*self.indexer.queries(c_q_nR, gates_nH, cos, sin))
+            del gates_nH
         collected = collect()
         ids_nK = collected.select(index)
         del index
-        q_nhW = absorb_queries(self._heads(linear(c_q_nR, self.q_weight), cos, sin), self.kv_b_weight, self.sizes)
-        del c_q_nR
+        with PROJECT():
+            q_nhW = absorb_queries(self._heads(linear(c_q_nR, self.q_weight), cos, sin), self.kv_b_weight, self.sizes)
+            del c_q_nR
         out_nhR = collected.attend(q_nhW, ids_nK)
         del q_nhW, ids_nK
-        return self._partial(release_outputs(out_nhR, self.kv_b_weight, self.sizes))
+        with RELEASE():
+            return self._partial(release_outputs(out_nhR, self.kv_b_weight, self.sizes))

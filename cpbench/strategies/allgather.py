@@ -26,6 +26,7 @@ from cpbench.layout import nearest_divisor
 from cpbench.partition import Block
 from cpbench.segments import PlacedBlock, Request, Segment, Span, by_queries, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, cached_rows, calls_memory, in_position_order, packed_heads, row_values
+from cpbench.tracing.spans import KERNEL, moving
 from cpbench.visible import InOrder, in_order
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cpbench.strategies.base import OpenRows
+
+GATHER_KV = moving("gather_kv")
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,13 @@ class _Gather:
         if n < plan.max_rows:  # uneven ranks: the collective needs equal blocks
             block = context.buffers.get(f"comm_padded{lane % plan.head_groups}", (plan.max_rows, width), rows_nW)
             block[:n].copy_(rows_nW)
-        self.in_flight = context.group.all_gather(self.gathered[plan.cached_rows :], block)
+        with GATHER_KV():
+            self.in_flight = context.group.all_gather(self.gathered[plan.cached_rows :], block)
 
     def arrived(self) -> Tensor:
         """Wait: the cached rows, and then those of all ranks in rank order."""
         self._cached()
-        self.in_flight.wait()
+        self._wait()
         self.context.cache.write(self.lane, self.gathered)
         return self.gathered
 
@@ -188,13 +192,13 @@ class _Gather:
         size, shape = self.context.cache.page_size, self.context.shape
         if self.plan.requests and size and not shape.opened and self.context.kernel.reads_pages(size, shape.qk_dim, shape.v_dim):
             return self._in_pages(q_THD, open_rows)
-        cache, kernel, plan, scale = self.context.cache, self.context.kernel, self.plan, self.context.scale
+        cache, context, plan = self.context.cache, self.context, self.plan
         result = Accumulator(q_THD.shape[0], self.context.buffers)
-        kernel.attend(q_THD, *open_rows(self.rows_nW), plan.own, scale, result)
+        context.attend(q_THD, *open_rows(self.rows_nW), plan.own, result)
         if plan.cached_rows:
-            kernel.attend(q_THD, *open_rows(self._cached()), plan.cached, scale, result)
-        self.in_flight.wait()
-        kernel.attend(q_THD, *open_rows(self.gathered), plan.remote, scale, result)
+            context.attend(q_THD, *open_rows(self._cached()), plan.cached, result)
+        self._wait()
+        context.attend(q_THD, *open_rows(self.gathered), plan.remote, result)
         cache.write(self.lane, self.gathered)
         return result.result()
 
@@ -204,7 +208,7 @@ class _Gather:
 
         result = Accumulator(q_THD.shape[0], self.context.buffers)
         k, v = open_rows(in_position_order(self.arrived(), ordered.rows, self.context.buffers, "comm_ordered"))
-        self.context.kernel.attend(q_THD, k, v, ordered.segments, self.context.scale, result)
+        self.context.attend(q_THD, k, v, ordered.segments, result)
         return result.result()
 
     def _cached(self) -> Tensor:
@@ -217,8 +221,13 @@ class _Gather:
     def _in_pages(self, q_THD: Tensor, open_rows: OpenRows) -> Tensor:
         """Everything into pages, then one call over all blocks of queries."""
         cache = self.context.cache
-        self.in_flight.wait()
+        self._wait()
         cache.write(self.lane, self.gathered)
         pages = cache.pages(self.lane, self.rows_nW.shape[1], self.rows_nW)
         k, v = (x.unflatten(0, pages.shape[:2]) for x in open_rows(pages.flatten(0, 1)))
-        return self.context.kernel.attend_pages(q_THD, k, v, cache.tables, self.plan.requests, self.context.scale)[0]
+        with KERNEL():
+            return self.context.kernel.attend_pages(q_THD, k, v, cache.tables, self.plan.requests, self.context.scale)[0]
+
+    def _wait(self) -> None:
+        with GATHER_KV():
+            self.in_flight.wait()

@@ -21,6 +21,7 @@ from cpbench.deterministic import attention_workspace
 from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Block, Blocks, cut, split
 from cpbench.segments import MERGE_BLOCK, MIN_ROWS_TO_COPY, PlacedBlock, Segment, place
+from cpbench.tracing.spans import KERNEL
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cpbench.cache import StepCache
     from cpbench.distributed.collectives import Group
     from cpbench.distributed.mesh import Groups
+    from cpbench.kernels.accumulate import Accumulator
     from cpbench.kernels.base import Kernel
     from cpbench.visible import InOrder
 
@@ -55,6 +57,11 @@ class Context:
     def group(self) -> Group:
         """All context-parallel ranks."""
         return self.groups.cp
+
+    def attend(self, q_THD: Tensor, k_SGD: Tensor, v_SGE: Tensor, segments: Sequence[Segment], into: Accumulator) -> None:
+        """Attention of query rows to key rows as the segments say, by the kernel."""
+        with KERNEL():
+            self.kernel.attend(q_THD, k_SGD, v_SGE, segments, self.scale, into)
 
 
 class Strategy(ABC):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cpbench.cell import Cell
 from cpbench.distributed.traffic import Traffic
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, row_values
+from cpbench.tracing.spans import LIBRARY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ class LibraryStrategy(BatchStrategy):
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: LibraryPlan, context: Context, layer: int) -> Tensor:
         q, k, v = (as_batch(x, plan) for x in (q_THD, *open_rows(rows_SW)))
-        with context.group.foreign():
+        with LIBRARY(), context.group.foreign():
             out_BSHE = self.call(q, k, v, context)
         return as_rows(out_BSHE, plan)
 

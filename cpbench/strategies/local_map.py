@@ -32,6 +32,7 @@ from cpbench.cell import NOT_COMPILED, Cell
 from cpbench.segments import Segment, Span
 from cpbench.strategies.base import AttentionMemory, Context, calls_memory, row_values
 from cpbench.strategies.library import BatchStrategy, LibraryPlan, as_rows
+from cpbench.tracing.spans import LIBRARY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,7 @@ class LocalMap(BatchStrategy):
             _mark_dynamic(blocks)
         token = _KERNEL.set(context.kernel)
         try:
-            with context.group.foreign():
+            with LIBRARY(), context.group.foreign():
                 return as_rows(_attention(region)(*blocks), plan)
         finally:
             _KERNEL.reset(token)

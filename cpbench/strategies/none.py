@@ -35,7 +35,7 @@ class NoParallelism(Strategy):
         from cpbench.kernels.accumulate import Accumulator
 
         result = Accumulator(q_THD.shape[0], context.buffers)
-        context.kernel.attend(q_THD, *open_rows(rows_SW), plan, context.scale, result)
+        context.attend(q_THD, *open_rows(rows_SW), plan, result)
         return result.result()
 
     def collected(self, cell: Cell, rank: int) -> list[PlacedBlock]:

@@ -21,6 +21,7 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Blocks
 from cpbench.segments import Segment, Span, causal_segments, joined, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, spread_cache
+from cpbench.tracing.spans import moving
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from cpbench.kernels.accumulate import Accumulator
     from cpbench.strategies.base import OpenRows
+
+PASS_Q, RETURN_PARTIALS = moving("pass_q"), moving("return_partials")
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,17 @@ class PassQ(Strategy):
             source = (group.rank - step) % size
             if step + 1 < size:
                 arriving = context.buffers.get(f"comm_q{step % 2}", (plan.here[(source - 1) % size].rows, *q_THD.shape[1:]), q_THD)
-                in_flight = group.shift(here.contiguous(), arriving)
+                with PASS_Q():
+                    in_flight = group.shift(here.contiguous(), arriving)
             visit = plan.here[source]
             result = Accumulator(visit.rows, context.buffers) if step else own
             if visit.segments:
-                context.kernel.attend(here, k_SGD, v_SGE, visit.segments, context.scale, result)
+                context.attend(here, k_SGD, v_SGE, visit.segments, result)
                 if step:
                     leaving.put(source, visit.covered, *result.running(), q_THD, context)
             if step + 1 < size:
-                in_flight.wait()
+                with PASS_Q():
+                    in_flight.wait()
                 here = arriving
         self._collect(own, leaving, plan, v_SGE.shape[2], q_THD, context)
         return own.result()
@@ -101,7 +106,8 @@ class PassQ(Strategy):
         group = context.group
         arriving = _Partials([visit.covered_rows if holder != group.rank else 0 for holder, visit in enumerate(plan.away)], "comm_arriving")
         received, sent = (partials.buffer(q_THD, dim_v, context) for partials in (arriving, leaving))
-        group.all_to_all(received, sent, arriving.rows, leaving.rows).wait()
+        with RETURN_PARTIALS():
+            group.all_to_all(received, sent, arriving.rows, leaving.rows).wait()
         for holder, visit in enumerate(plan.away):
             if holder != group.rank:
                 for span, out_THE, lse_HT in arriving.parts(holder, visit.covered, q_THD, dim_v, context):

@@ -22,12 +22,15 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.partition import Blocks
 from cpbench.segments import Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, row_values, spread_cache
+from cpbench.tracing.spans import moving
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cpbench.distributed.collectives import Group
     from cpbench.strategies.base import OpenRows
+
+PASS_KV = moving("pass_kv")
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,13 @@ def run_ring(q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: tuple[St
     for number, step in enumerate(plan):
         if step.next_rows is not None:
             arriving = context.buffers.get(f"comm_ring{number % 2}", (step.next_rows, here.shape[1]), here)
-            in_flight = group.shift(here, arriving)
+            with PASS_KV():
+                in_flight = group.shift(here, arriving)
         if step.segments:
-            context.kernel.attend(q_THD, *open_rows(here), step.segments, context.scale, result)
+            context.attend(q_THD, *open_rows(here), step.segments, result)
         if step.next_rows is not None:
-            in_flight.wait()
+            with PASS_KV():
+                in_flight.wait()
             here = arriving
     return result.result()
 

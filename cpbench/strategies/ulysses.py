@@ -21,6 +21,7 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.layout import nearest_divisor
 from cpbench.segments import PlacedBlock, Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out, row_index
+from cpbench.tracing.spans import moving
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from cpbench.distributed.collectives import Group
     from cpbench.strategies.base import OpenRows
+
+TO_HEADS, TO_TOKENS = moving("to_heads"), moving("to_tokens")
 
 
 @dataclass(frozen=True)
@@ -172,10 +175,13 @@ class Ulysses(Strategy):
         from cpbench.kernels.accumulate import Accumulator
 
         group, exchange = context.group, plan.exchange
-        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, group, layer)
+        with TO_HEADS():
+            q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, group, layer)
         result = Accumulator(q_all.shape[0], context.buffers)
-        context.kernel.attend(q_all, *open_rows(kv_all, exchange.heads(group.rank)), plan.segments, context.scale, result)
-        return exchange.to_tokens(result.result(), context, group)
+        context.attend(q_all, *open_rows(kv_all, exchange.heads(group.rank)), plan.segments, result)
+        out_THE = result.result()
+        with TO_TOKENS():
+            return exchange.to_tokens(out_THE, context, group)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         return self.plan(cell, rank).exchange.traffic(cell, rank, "cp")

@@ -18,11 +18,14 @@ from cpbench.distributed.traffic import Traffic
 from cpbench.segments import Segment, causal_segments, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, laid_out
 from cpbench.strategies.ulysses import HeadShards, head_shards, undivided_heads
+from cpbench.tracing.spans import moving
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cpbench.strategies.base import OpenRows
+
+GATHER_HEADS = moving("gather_heads")
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class UlyssesGather(Strategy):
         if not context.shape.opened:
             k, v = _heads(k, sources), _heads(v, sources)
         result = Accumulator(q_THD.shape[0], context.buffers)
-        context.kernel.attend(q_THD[:, mine], k, v, plan.segments, context.scale, result)
+        context.attend(q_THD[:, mine], k, v, plan.segments, result)
         out = result.result().contiguous()
         by_rank = context.buffers.get("comm_heads", (group.size, *out.shape), out)
-        group.all_gather(by_rank.flatten(0, 1), out).wait()
+        with GATHER_HEADS():
+            group.all_gather(by_rank.flatten(0, 1), out).wait()
         return by_rank.transpose(0, 1).flatten(1, 2)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:

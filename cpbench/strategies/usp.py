@@ -22,7 +22,7 @@ from cpbench.partition import Blocks, split
 from cpbench.segments import PlacedBlock, place
 from cpbench.strategies.base import AttentionMemory, Context, Strategy, calls_memory, spread_cache
 from cpbench.strategies.ring import Step, arriving_rows, attended_rows, ring_steps, run_ring
-from cpbench.strategies.ulysses import Exchange, head_shards, undivided_heads
+from cpbench.strategies.ulysses import TO_HEADS, TO_TOKENS, Exchange, head_shards, undivided_heads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,10 +71,12 @@ class Usp(Strategy):
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: UspPlan, context: Context, layer: int) -> Tensor:
         exchange, ulysses = plan.exchange, context.groups.ulysses
-        q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, ulysses, layer)
+        with TO_HEADS():
+            q_all, kv_all = exchange.to_heads(q_THD, rows_SW, context, ulysses, layer)
         heads = exchange.heads(ulysses.rank)
         out = run_ring(q_all, kv_all, lambda rows, _=None: open_rows(rows, heads), plan.steps, context, context.groups.ring)
-        return exchange.to_tokens(out, context, ulysses)
+        with TO_TOKENS():
+            return exchange.to_tokens(out, context, ulysses)
 
     def traffic(self, cell: Cell, rank: int) -> Traffic:
         plan = self.plan(cell, rank)
