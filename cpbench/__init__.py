@@ -1,28 +1,35 @@
 """cpbench: measure how to split a long prompt over GPUs.
 
-The command line is the main way in (`cpbench --help`). From Python, `cpbench.load` reads result files. Importing this package
-imports nothing heavy: torch and pandas are imported where they are used.
+The command line is the main way in (`cpbench --help`). From Python, `cpbench.load` reads result files, `cpbench.compare` compares two,
+`cpbench.plot` draws them, and `cpbench.project` says what layouts would take on devices that are not here. Importing this package imports
+nothing heavy: torch, pandas and matplotlib are imported where they are used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["CpbenchError", "__version__", "load"]
+__all__ = ["CpbenchError", "Results", "__version__", "compare", "load", "plot", "project"]
 
 if TYPE_CHECKING:
+    from cpbench import plot
+    from cpbench.comparison import compare
     from cpbench.errors import CpbenchError
-    from cpbench.results import load
+    from cpbench.frame import Results, load
+    from cpbench.projection.from_python import project
+
+_HOMES = {"CpbenchError": "errors", "Results": "frame", "compare": "comparison", "load": "frame", "project": "projection.from_python"}
 
 
 def __getattr__(name: str) -> object:
-    if name == "load":
-        from cpbench.results import load
+    if name == "plot":  # a package: cpbench.plot.figures(results)
+        return import_module("cpbench.plot")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cpbench' has no attribute {name!r}")
+    return getattr(import_module(f"cpbench.{_HOMES[name]}"), name)
 
-        return load
-    if name == "CpbenchError":
-        from cpbench.errors import CpbenchError
 
-        return CpbenchError
-    raise AttributeError(f"module 'cpbench' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,7 @@ import typer
 
 from cpbench import __version__, commands, options
 from cpbench.errors import INTERRUPTED, CpbenchError, unknown
+from cpbench.flags import fields_of, limits_of, with_flags_of
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -110,9 +111,11 @@ def sweep(
     seed: options.SEED = None,
     threads: options.THREADS = None,
     setting: options.SET = None,
+    ab: options.AB = None,
     rounds: options.ROUNDS = None,
     budget: options.BUDGET = None,
     cell_timeout: options.CELL_TIMEOUT = None,
+    memory_limit: options.MEMORY_LIMIT = None,
     resume: options.RESUME = False,
     retry: options.RETRY = None,
     force: options.FORCE = False,
@@ -122,27 +125,7 @@ def sweep(
     quiet: options.QUIET = False,
 ) -> int:
     """Measure layouts: time to first token and peak memory of every combination of lengths, degrees and strategies."""
-    from cpbench.batch import flag_batches
-
-    axes = {"seq": seq, "batch": batch, "prefix": None if lengths else prefix, "strategies": strategy}
-    axes |= {"cp": cp, "tp": tp, "dp": dp, "pp": pp, "ep": ep, "layouts": layouts, "gpus": gpus}
-    fields: dict[str, Any] = {
-        "partition": partition,
-        "model": model,
-        "target": target,
-        "chunk": chunk,
-        "layers": layers,
-        "dtype": dtype,
-        "quant": quant,
-        "router": router,
-        "seed": seed,
-        "experts": experts,
-    }
-    fields |= {"weights": weights, "prompt": prompt, "threads": threads, "rounds": rounds}
-    fields |= {"pair": pair or None, "deterministic": deterministic or None}
-    fields |= {"batches": flag_batches(lengths, prefix or [])} if lengths else {}
-    limits = {name: value for name, value in (("budget", budget), ("cell_timeout", cell_timeout)) if value is not None}
-    given = {name: ",".join(values) for name, values in axes.items() if values} | {name: value for name, value in fields.items() if value is not None}
+    given, limits = fields_of(locals()), limits_of(locals())
     if resume:
         commands.refuse_with_resume([*given, *(["scenario"] if scenario else []), *(["set"] if setting else []), *(["dry-run"] if dry_run else [])])
         return commands.run_job(commands.resumed(output, limits, retry, force), as_json, quiet)
@@ -150,6 +133,37 @@ def sweep(
         raise CpbenchError(f"{name} is for sweeps that are continued.", "Add --resume, or leave it out.")
     job = commands.fresh(scenario, given, limits, setting or [], output)
     return commands.show_plan(job, as_json) if dry_run else commands.run_job(job, as_json, quiet)
+
+
+@app.command(epilog=options.MORE_OF_ONE)
+@with_flags_of(sweep, leave_out=options.SWEEP_ONLY)
+def profile(nsys: options.NSYS = False, **flags: Any) -> int:
+    """Profile one layout: where the time of a pass goes, by phase and rank, and traces to look at. Same flags as sweep, one cell."""
+    given = fields_of(flags) | {"baseline": False, "rounds": 1} | ({} if flags["scenario"] else {"name": "profile"})
+    job = commands.fresh(flags["scenario"], given, limits_of(flags), flags["setting"] or [], flags["output"])
+    return commands.profile(job, nsys, flags["as_json"], flags["quiet"])
+
+
+@app.command(epilog=options.MORE_OF_ONE)
+@with_flags_of(sweep, leave_out=options.PROJECT_ONLY)
+def project(
+    file: options.PROJECT_FILE = None,
+    hardware: options.HARDWARE = None,
+    nodes: options.NODES = None,
+    gpus_per_node: options.PER_NODE = None,
+    link: options.LINK = None,
+    compute: options.COMPUTE = None,
+    top: options.TOP = None,
+    explained: options.EXPLAIN_PROJECTION = False,
+    **flags: Any,
+) -> int:
+    """Project layouts to devices that are not here: time, exposed communication and peak memory."""
+    from cpbench.projecting_command import Asked, Devices, Shown, run
+
+    given = fields_of(flags) | ({} if flags["scenario"] else {"name": "project"})
+    devices = Devices(hardware, nodes, gpus_per_node, link, compute)
+    asked = Asked(file, flags["scenario"], given, flags["setting"] or [], flags["output"], devices)
+    return run(asked, Shown(top, explained, flags["dry_run"], flags["as_json"], flags["quiet"]))
 
 
 @app.command()
@@ -193,12 +207,115 @@ def verify(
 
 
 @app.command()
-def show(file: options.FILE, as_json: options.JSON = False) -> int:
-    """Show a result as a table."""
-    from cpbench.results import read
+def maxseq(
+    layouts: options.MAXSEQ_LAYOUTS = None,
+    strategy: options.MAXSEQ_STRATEGY = None,
+    model: options.MAXSEQ_MODEL = None,
+    layers: options.MAXSEQ_LAYERS = None,
+    memory_limit: options.MAXSEQ_MEMORY = None,
+    seq: options.MAXSEQ_SEQ = None,
+    precision: options.MAXSEQ_PRECISION = None,
+    setting: options.MAXSEQ_SET = None,
+    output: options.MAXSEQ_OUTPUT = None,
+    as_json: options.JSON = False,
+    quiet: options.QUIET = False,
+) -> int:
+    """Find the longest sequence that fits on each layout, by running it, and what stands in the way of a longer one."""
+    fields: dict[str, Any] = {name: ",".join(values) for name, values in (("layouts", layouts), ("strategies", strategy)) if values}
+    fields |= {name: value for name, value in (("model", model), ("layers", layers)) if value is not None}
+    limits = {} if memory_limit is None else {"memory": memory_limit}
+    return commands.maxseq(commands.maxseq_job(fields | {"seq": seq or "4k"}, limits, setting or [], output), precision, as_json, quiet)
 
-    commands.print_result(read(file), as_json)
+
+@app.command()
+def calibrate(
+    output: options.CALIBRATE_OUTPUT = None,
+    device: options.CALIBRATE_DEVICE = None,
+    max_ranks: options.CALIBRATE_RANKS = None,
+    quick: options.QUICK = False,
+    quiet: options.QUIET = False,
+) -> int:
+    """Measure what this machine's compute and links cost, and write a device profile for projections. About a minute."""
+    from cpbench.projection.calibrating import run as calibrate_machine
+
+    return calibrate_machine(output, device, max_ranks, quick, quiet)
+
+
+@app.command()
+def show(
+    files: options.FILES,
+    where: options.WHERE = None,
+    form: options.FORMAT = None,
+    output: options.SHOW_OUTPUT = None,
+    as_json: options.JSON = False,
+) -> int:
+    """Show results as tables, or export them: CSV and Parquet have one row per cell and metric."""
+    from cpbench.show import run as show_files
+
+    show_files(files, where, form, as_json, output)
     return 0
+
+
+@app.command()
+def report(files: options.REPORT_FILES, output: options.REPORT_OUTPUT = None, force: options.REPORT_FORCE = False) -> int:
+    """Make one self-contained page of a result, or of an old and a new one: summary, figures, all cells, what changed."""
+    from cpbench.publish import publish
+    from cpbench.report import console
+    from cpbench.units import format_bytes
+
+    page, size, comparison = publish(files, output, force=force)
+    console.show(console.output(), [f"Report: {page} ({format_bytes(size)})"])
+    if comparison:
+        comparison.require_comparable()
+    return 0
+
+
+@app.command()
+def upgrade(files: options.UPGRADE_FILES) -> int:
+    """Rewrite results of older versions of the schema as the newest. They can be read without it."""
+    from cpbench.report import console
+    from cpbench.upgrade import upgrade_file
+
+    for file in files:
+        console.show(console.output(), [upgrade_file(file)])
+    return 0
+
+
+@app.command()
+def plot(
+    files: options.PLOT_FILES,
+    figure: options.PLOT_FIGURE = None,
+    x: options.PLOT_X = None,
+    y: options.PLOT_Y = None,
+    by: options.PLOT_BY = None,
+    facet: options.PLOT_FACET = None,
+    where: options.PLOT_WHERE = None,
+    formats: options.PLOT_FORMAT = None,
+    output: options.PLOT_OUTPUT = None,
+    quiet: options.QUIET = False,
+) -> int:
+    """Plot results: time, throughput, memory, efficiency, where the time goes, which layouts are worth it, and what changed."""
+    from cpbench.plot.files import Asked, run
+
+    return run(files, Asked(figure, x, y, by, facet, where), formats, output, quiet)
+
+
+@app.command()
+def compare(
+    files: options.COMPARE_FILES,
+    metric: options.COMPARE_METRIC = None,
+    by: options.COMPARE_BY = None,
+    noise: options.COMPARE_NOISE = None,
+    strict: options.COMPARE_STRICT = False,
+    across: options.COMPARE_ACROSS = None,
+    fail_on: options.FAIL_ON = None,
+    form: options.COMPARE_FORMAT = None,
+    everything: options.ALL = False,
+) -> int:
+    """Compare results: same, faster, slower or unsure, with evidence. Exit code 1 on what --fail-on names, 3 if nothing is comparable."""
+    from cpbench.comparing import Question, compare_files
+
+    return compare_files(files, Question(metric, by, noise, strict, across), fail_on, form or "text", everything)
 
 
 @app.command("list")

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cpbench.errors import INTERRUPTED, CpbenchError
 
 if TYPE_CHECKING:
+    from cpbench.driver import Tracing
     from cpbench.environment import Machine
+    from cpbench.launch import Launcher
     from cpbench.results import ResultFile
     from cpbench.scenario import Scenario
 
@@ -30,8 +32,8 @@ class Job:
     retry: tuple[str, ...] = ("interrupted",)
 
 
-def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], settings: list[str], output: Path | None) -> Job:
-    """What the flags say over what the file says over what the machine suggests."""
+def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], settings: list[str], output: Path | None, machine: Machine | None = None) -> Job:
+    """What the flags say over what the file says over what the machine suggests: this one, or another one."""
     from datetime import UTC, datetime
 
     from cpbench.environment import detect_machine
@@ -41,7 +43,7 @@ def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], set
     data: dict[str, Any] = {**without_replaced(read_yaml(file) if file else {}, fields), **fields}
     for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
         data = override(data, setting)
-    machine = detect_machine()
+    machine = machine or detect_machine()
     scenario, notes = resolve(parse_scenario(data), machine)
     name = f"{scenario.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     return Job(scenario, machine, output or RESULTS / name, notes)
@@ -60,15 +62,17 @@ def resumed(output: Path | None, limits: dict[str, str], retry: str | None, forc
 
 
 def refuse_with_resume(given: list[str]) -> None:
-    flags = {"strategies": "strategy", "batches": "lengths"}
+    from cpbench.flags import FLAG_OF
+
     if given:
-        flag = f"--{flags.get(given[0], given[0])}"
+        flag = f"--{FLAG_OF.get(given[0], given[0])}"
         raise CpbenchError(f"--resume reads what to measure from the file and cannot be combined with {flag}.", f"Leave {flag} out, or start a new sweep.")
 
 
-def run_job(job: Job, as_json: bool, quiet: bool) -> int:
+def run_job(job: Job, as_json: bool, quiet: bool, tracing: Tracing | None = None, launcher: Launcher | None = None) -> int:
     """Run, print, and say how it went."""
     from cpbench import resume
+    from cpbench.clocks import Watcher
     from cpbench.driver import exit_code, run_sweep
     from cpbench.plan import make_plan
     from cpbench.report import console
@@ -89,12 +93,29 @@ def run_job(job: Job, as_json: bool, quiet: bool) -> int:
         argv=sys.argv[1:],
         notes=job.notes,
         progress=Silent() if quiet else progress_on(messages, job.machine.cores),
+        clocks=Watcher(job.machine.cores),
         resume=job.resume,
         retry=job.retry,
+        tracing=tracing,
+        launcher=launcher,
     )
-    print_result(result, as_json)
+    print_result(result, as_json, job.output)
     console.show(messages if as_json else console.output(), [] if as_json and quiet else closing_lines(result, job.output))
     return exit_code(result)
+
+
+def profile(job: Job, by_nsys: bool, as_json: bool, quiet: bool) -> int:
+    """Run the one cell of a job with traces. Raises CpbenchError where it has several, or nsys is not here."""
+    from cpbench.plan import make_plan
+    from cpbench.single import require_one
+    from cpbench.tracing import nsys
+    from cpbench.tracing.session import Session
+
+    cell = require_one(make_plan(job.scenario, job.machine), job.scenario)
+    session = Session(job.output, by_nsys, job.scenario.limits.memory)
+    launcher = nsys.launcher(session.folder, cell.device, cell.world_size) if by_nsys else None
+    with session.opened():
+        return run_job(job, as_json, quiet, session, launcher)
 
 
 def show_plan(job: Job, as_json: bool) -> int:
@@ -141,6 +162,54 @@ def verify(fields: dict[str, Any], settings: list[str], deep: bool, as_json: boo
     return INTERRUPTED if interrupted else int(any(row.verdict == "wrong" for row in rows))
 
 
+def maxseq_job(fields: dict[str, Any], limits: dict[str, str], settings: list[str], output: Path | None) -> Job:
+    """What the flags of `maxseq` say as a scenario. Raises CpbenchError for what is not one batch, or would change nothing."""
+    from cpbench.maxseq import USELESS
+
+    if "layouts" not in fields:
+        raise CpbenchError("maxseq looks for the longest sequence of layouts, and none is named.", "Name them, for example --layouts cp2,tp2.")
+    for setting in settings:
+        name = setting.partition("=")[0].strip()
+        if name.partition(".")[0] in USELESS or name == "limits.budget":
+            raise CpbenchError(f"maxseq has no use for {name}: it times nothing and chooses lengths itself.", f"Leave --set {name} out.")
+    job = fresh(None, {"name": "maxseq", "baseline": False, **fields}, limits, settings, output)
+    for name in ("seq", "batch", "prefix"):
+        values = getattr(job.scenario, name) or [0]
+        if len(values) > 1:
+            raise CpbenchError(f"maxseq starts from one {name}, and {len(values)} are given.", f"Give one, for example {name} {values[0]}.")
+    return job
+
+
+def maxseq(job: Job, precision: str | None, as_json: bool, quiet: bool) -> int:
+    """Search, print, and say where the trials are."""
+    import json
+    import shlex
+
+    from cpbench.maxseq import exit_code, require_limit, run_maxseq
+    from cpbench.plan import make_plan
+    from cpbench.report import console
+    from cpbench.report.longest import Lines, longest_json
+    from cpbench.units import parse_fraction
+
+    plan = make_plan(job.scenario, job.machine)
+    require_limit(job.scenario, plan, job.machine)
+    for file in (job.output, job.output.with_suffix(".jsonl")):
+        if file.exists():
+            raise CpbenchError(f"{file} exists.", "Choose another file with -o.")
+    messages, part = console.messages(), parse_fraction(precision or "1%")
+    notes = [note for note in job.notes if "timed passes" not in note]
+    console.show(messages, [] if quiet else [f"{job.scenario.model} on {job.scenario.device}", *(f"  {note}" for note in notes)])
+    with Lines(messages, quiet=quiet) as progress:
+        result = run_maxseq(job.scenario, plan, job.machine, job.output, precision=part, argv=sys.argv[1:], notes=notes, progress=progress)
+    if as_json:
+        console.show_json(json.dumps(longest_json(result), indent=1))
+    else:
+        print_result(result, as_json, job.output)
+    lines = [f"Result: {job.output}", f"See it again with: cpbench show {shlex.quote(str(job.output))}"]
+    console.show(messages if as_json else console.output(), [] if as_json and quiet else lines)
+    return exit_code(result)
+
+
 @dataclass(frozen=True)
 class LogProbFlags:
     """The flags of `verify` that ask for log-probabilities instead of the grid."""
@@ -165,8 +234,9 @@ def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list
     import json
 
     from cpbench import against
+    from cpbench.atomic import refuse_existing
     from cpbench.environment import detect_machine
-    from cpbench.logprob_record import refuse_existing, write_log_probs
+    from cpbench.logprob_record import write_log_probs
     from cpbench.logprobs import Rule
     from cpbench.report import console
     from cpbench.report.agreement import agreement_json, agreement_view, record_line, running
@@ -192,6 +262,7 @@ def verify_log_probs(flags: LogProbFlags, fields: dict[str, Any], settings: list
 def _refuse_useless(flags: LogProbFlags, fields: dict[str, Any], settings: list[str], deep: bool) -> None:
     """Raise for a flag that would change nothing."""
     from cpbench.against import LAYOUT_FIELDS, is_file
+    from cpbench.flags import FLAG_OF
 
     first = flags.given[0]
     if flags.file and not flags.against:
@@ -206,20 +277,21 @@ def _refuse_useless(flags: LogProbFlags, fields: dict[str, Any], settings: list[
         raise CpbenchError("--trace-divergence looks into two layouts while they run.", hint)
     if flags.file and flags.output:
         raise CpbenchError(f"-o stores what is run, and {flags.file} is stored.", "Leave -o out.")
-    names = {"strategies": "--strategy", "batches": "--lengths"}
-    given = {name: names.get(name, f"--{name}") for name in fields} | {name: f"--set {name}" for name in (text.partition("=")[0].strip() for text in settings)}
+    given = {name: f"--{FLAG_OF.get(name, name)}" for name in fields}
+    given |= {name: f"--set {name}" for name in (text.partition("=")[0].strip() for text in settings)}
     given |= {name: name for name in ("--temperature", "--rounding") if name in flags.given}
     useless = [flag for name, flag in given.items() if len(files) > 1 or (flags.file and name in LAYOUT_FIELDS)]
     if useless:
         raise CpbenchError(f"{flags.file} says what was run, and {useless[0]} would change nothing.", f"Leave {useless[0]} out, or {flags.file}.")
 
 
-def print_result(result: ResultFile, as_json: bool) -> None:
+def print_result(result: ResultFile, as_json: bool, file: Path) -> None:
+    """A result as a table, with the profiles that it holds; `file` is where it is."""
     from cpbench.report import console
-    from cpbench.report.table import result_view
+    from cpbench.report.whole import whole_view
 
     if as_json:
         console.show_json(result.model_dump_json(by_alias=True, indent=1))
         return
     out = console.output()
-    console.show(out, result_view(result, out))
+    console.show(out, whole_view(result, file.parent, out))

@@ -306,7 +306,9 @@ class Communicator:
         mine = torch.stack([best.double(), index.double() + first, rest[0].double(), rest[1].double() + first], 1)
         everyone = mine.new_empty(self._tp.size * batch, 4)
         self._tp.all_gather(everyone, mine.contiguous()).wait()
-        tokens, margins = [], []
+        tokens, margins = list[int](), list[float]()
+        if everyone.is_meta:  # shapes alone: there are no logits to read
+            return tokens, margins
         for shards in everyone.view(self._tp.size, batch, 4).transpose(0, 1).tolist():
             candidates = sorted(((-value, column) for row in shards for value, column in (row[:2], row[2:])))
             tokens.append(int(candidates[0][1]))

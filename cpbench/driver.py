@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 import tempfile
-import threading
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import cpbench
+from cpbench.ab import alternations, with_ratio, with_rounds
 from cpbench.cell import Cell
-from cpbench.environment import Machine, capture, difference, fingerprint, git_state
+from cpbench.cell_failure import failed, with_history
+from cpbench.clock_record import ClockRound
+from cpbench.clocks import Clocks, Unwatched
+from cpbench.environment import Machine, capture, difference, fingerprint
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.group import GroupFailed, Job, JobCell, run_group
 from cpbench.journal import Journal
@@ -30,8 +29,10 @@ from cpbench.pace import Pace
 from cpbench.plan import Plan, PlannedCell
 from cpbench.prompt import read_prompt, token_text
 from cpbench.records import compare_tokens, merge_record, not_measured, rounds_done, token_reference
-from cpbench.results import CellResult, Failure, ResultFile, Run
+from cpbench.results import CellResult, ResultFile, Run
+from cpbench.runs import new_run, now
 from cpbench.scenario import Scenario
+from cpbench.stop import Stop
 from cpbench.units import format_seconds
 
 START_ATTEMPTS = 2
@@ -49,6 +50,17 @@ class Progress(Protocol):
     def end(self, result: ResultFile) -> None: ...
 
 
+class Tracing(Protocol):
+    """What a profile adds to the sweep of its one cell."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the ranks put their traces."""
+
+    def finished(self, result: CellResult, record: dict[str, Any]) -> CellResult:
+        """The result of the cell with what its traces say."""
+
+
 def run_sweep(
     scenario: Scenario,
     plan: Plan,
@@ -59,26 +71,31 @@ def run_sweep(
     notes: list[str],
     progress: Progress,
     launcher: Launcher | None = None,
+    clocks: Clocks | None = None,
     resume: ResultFile | None = None,
     retry: Iterable[str] = ("interrupted",),
+    tracing: Tracing | None = None,
 ) -> ResultFile:
     """Run what is to be run of a plan and write the result file.
 
     With `resume`, cells that this file has are kept, except those whose status is in `retry`. After SIGINT or SIGTERM the result comes
-    back with `run.complete` False. Raises CpbenchError where the file cannot be written.
+    back with `run.complete` False. `clocks` watch the machine while passes are timed. Raises CpbenchError where the file cannot be written.
     """
     environment = capture(machine) | ({"running": resume.environment.get("running", {})} if resume else {"running": {}})
     if resume and (changed := difference(fingerprint(resume.environment), fingerprint(environment))):
         environment["resumed_with_changes"] = [list(entry) for entry in changed]
-    run = resume.run.model_copy(update={"ended": None, "complete": False}) if resume else _new_run(scenario, argv, notes)
+    run = resume.run.model_copy(update={"ended": None, "complete": False}) if resume else new_run(scenario, argv, notes, "profile" if tracing else "sweep")
     results, settled = _opening(plan, resume, set(retry))
     journal = Journal(output, run, environment, results.values(), resume=resume is not None)
-    with _Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder, contextlib.closing(journal):
-        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or Torchrun(), Path(folder), stop)
+    with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder, contextlib.closing(journal):
+        watched = clocks or Unwatched()
+        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or Torchrun(), watched, Path(folder), stop, tracing)
         progress.begin(plan, output)
         try:
             complete = sweep.run()
-            run = run.model_copy(update={"ended": _now(), "complete": complete})
+            if complete and tracing:
+                sweep.read_traces(tracing)
+            run = run.model_copy(update={"ended": now(), "complete": complete})
             journal.finish(sweep.result(run))
         finally:
             result = sweep.result(run)
@@ -124,14 +141,20 @@ class _Sweep:
     journal: Journal
     progress: Progress
     launcher: Launcher
+    clocks: Clocks
     folder: Path
-    stop: _Stop
+    stop: Stop
+    tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
         self.index = {planned.cell.id: index for index, planned in enumerate(self.plan.cells)}
         self.pace = Pace(self.plan, self.scenario.timing, self.scenario.limits.budget)
-        self.running: PlannedCell | None = None
+        self.alternations = alternations(self.plan.pairs)
+        self.results = {name: self._labelled(result) for name, result in self.results.items()}
+        self.running: list[PlannedCell] = []  # two cells where they alternate
+        self.seen: ClockRound | None = None  # of their timed passes
         self.round = self.groups = 0
+        self.records: dict[str, dict[str, Any]] = {}  # the last one of each cell
 
     def run(self) -> bool:
         """Run everything that is open. Returns False where the user ended it early."""
@@ -144,6 +167,12 @@ class _Sweep:
             self._mark_interrupted()
             return False
         return True
+
+    def read_traces(self, tracing: Tracing) -> None:
+        """Add what the traces say. The ranks have ended: some tools write their files only then."""
+        for cell_id, record in self.records.items():
+            self.results[cell_id] = tracing.finished(self.results[cell_id], record)
+            self.journal.add_cell(self.results[cell_id])
 
     def result(self, run: Run) -> ResultFile:
         """All that is known, in the order of the plan."""
@@ -188,14 +217,16 @@ class _Sweep:
                     finished = self._event(event, world_size, by_index)
                     if finished:
                         cells.remove(finished)
-                        if cells and not self.pace.fits(cells[0], starting=False):
+                        if cells and not self.running and not self.pace.fits(self.plan.together(cells)[0], starting=False):
                             return None
         except GroupFailed as failure:
-            failed = by_index.get(failure.index) if failure.index is not None else self.running
+            failed = by_index.get(failure.index) if failure.index is not None else next(iter(self.running), None)
             if failed in cells:
                 self._fail(failed, failure)
                 cells.remove(failed)
             return failure
+        finally:
+            self.clocks.end()
         return GroupFailed("crash", f"the ranks ended without {cells[0].cell.label}") if cells else None
 
     def _job(self, world_size: int, cells: list[PlannedCell]) -> Job:
@@ -210,24 +241,37 @@ class _Sweep:
             cell_timeout=self.scenario.limits.cell_timeout,
             weights=str(Path(self.scenario.weights).resolve()) if self.scenario.weights else None,
             prompt=tuple(read_prompt(self.scenario.weights, self.scenario.prompt)) if self.scenario.weights and self.scenario.prompt else None,
-            cells=tuple(JobCell(self.index[p.cell.id], p.cell, rounds_done(self.results.get(p.cell.id)) == 0) for p in cells),
+            memory_limit=self.scenario.limits.memory,
+            trace=str(self.tracing.folder) if self.tracing else None,
+            cells=tuple(self._job_cell(*together) for together in self.plan.together(cells)),
         )
+
+    def _job_cell(self, planned: PlannedCell, *others: PlannedCell) -> JobCell:
+        """A cell, and the one that it alternates with."""
+        verify = rounds_done(self.results.get(planned.cell.id)) == 0
+        return JobCell(self.index[planned.cell.id], planned.cell, verify, self._job_cell(*others) if others else None)
 
     def _event(self, event: dict[str, Any], world_size: int, cells: dict[int, PlannedCell]) -> PlannedCell | None:
         """Take note of one event; returns the cell that it finished, if it did."""
         kind, planned = event.get("event"), cells.get(event.get("index", -1))
         if kind == "ready":
             self._saw_environment(world_size, event.get("environment") or {})
+            self.clocks.group(event.get("gpus") or [])
         elif planned and kind == "start":
-            self.running = planned
+            self.running = list(next(together for together in self.plan.together(list(cells.values())) if planned in together))
+            self.seen = None
             self.pace.started()
             self.progress.cell_started(planned.cell, self.round)
+        elif planned and kind == "timed":
+            self.clocks.begin()
+        elif kind == "sampled":
+            self.seen = self.clocks.end()
         elif planned and kind == "sample":
-            samples = self.pace.sampled(float(event["seconds"]))
-            self.progress.sample(planned.cell, len(samples), samples, self.pace.seconds_left(planned, self._to_come()))
+            samples = self.pace.sampled(planned, float(event["seconds"]))
+            self.progress.sample(planned.cell, len(samples), samples, self.pace.seconds_left(self.running, self._to_come()))
         elif planned and kind == "done":
             self.pace.finished(planned)
-            self.running = None
+            self.running = [other for other in self.running if other is not planned]
             self._record(planned.cell, event["record"])
             return planned
         return None
@@ -236,40 +280,62 @@ class _Sweep:
         previous = self.results.get(cell.id)
         for first in record.get("first_tokens") or [] if cell.prompt else []:
             first["text"] = token_text(self.scenario.weights or "", first["token"])
+        if self.seen and record.get("samples"):
+            record["clocks"] = self.seen.model_dump()
         try:
             result = merge_record(cell, previous, record)
         except CpbenchError as error:
             result = not_measured(cell, "crash", error.message, previous)
+        self.records[cell.id] = record
         known = ((planned.cell, self.results[planned.cell.id]) for planned in self.plan.runnable if planned.cell.id in self.results)
-        self._keep(compare_tokens(cell, result, token_reference(cell, known)))
+        self._keep(compare_tokens(cell, result, token_reference(cell, known)), self.round if record.get("alternated") else None)
 
     def _fail(self, planned: PlannedCell, failure: GroupFailed) -> None:
-        details = Failure(rank=failure.rank, log_tail=list(failure.log_tail))
-        self.running = None
-        self._keep(not_measured(planned.cell, failure.status, failure.reason, self.results.get(planned.cell.id), details))
+        self.running = []
+        result = failed(planned.cell, failure, self.results.get(planned.cell.id))
+        try:
+            name = f"cell{self.index[planned.cell.id] + 1}-"
+            result = with_history(result, failure, self.journal.output, name, self.scenario.limits.memory)
+        except OSError as error:
+            self.progress.warn(f"the memory history of {planned.cell.label} cannot be written: {error.strerror}")
+        self._keep(result)
 
-    def _keep(self, result: CellResult) -> None:
+    def _keep(self, result: CellResult, alternated: int | None = None) -> None:
+        """A result that is new. `alternated`: the round of its new samples, if they alternated with those of the other variant."""
+        result = self._labelled(result, alternated)
         self.results[result.id] = result
         if result.status != "ok":
             self.settled.add(result.id)
         self.journal.add_cell(result)
         self.progress.cell_finished(result)
 
+    def _labelled(self, result: CellResult, alternated: int | None = None) -> CellResult:
+        """With the variant that it is, if it is one, and how that compares with the other one."""
+        variant, known = self.alternations.get(result.id), self.results.get(result.id)
+        if variant is None:
+            return result
+        result = with_rounds(result, known.ab if known and known.ab else variant, alternated)
+        return with_ratio(result, self.results.get(variant.other)) if variant.variant == "B" else result
+
     def _affordable(self, cells: list[PlannedCell]) -> list[PlannedCell]:
         """The cells that fit into what is left of the budget; the others are recorded as skipped, or keep the rounds that they have."""
-        fitting = []
-        for planned in cells:
-            if self.pace.fits(planned, starting=True):
-                fitting.append(planned)
+        fitting: list[PlannedCell] = []
+        for together in self.plan.together(cells):
+            if self.pace.fits(together, starting=True):
+                fitting += together
                 continue
-            known, budget = self.results.get(planned.cell.id), format_seconds(self.scenario.limits.budget)
-            if known and rounds_done(known):
-                text = f"round {self.round + 1} of {self.plan.rounds} did not fit into the budget of {budget}"
-                self._keep(known.model_copy(update={"warnings": [*known.warnings, text]}))
-            else:
-                self._keep(not_measured(planned.cell, "skipped", f"does not fit into the budget of {budget}", known))
-            self.settled.add(planned.cell.id)
+            for planned in together:
+                self._leave_out(planned)
         return fitting
+
+    def _leave_out(self, planned: PlannedCell) -> None:
+        known, budget = self.results.get(planned.cell.id), format_seconds(self.scenario.limits.budget)
+        if known and rounds_done(known):
+            text = f"round {self.round + 1} of {self.plan.rounds} did not fit into the budget of {budget}"
+            self._keep(known.model_copy(update={"warnings": [*known.warnings, text]}))
+        else:
+            self._keep(not_measured(planned.cell, "skipped", f"does not fit into the budget of {budget}", known))
+        self.settled.add(planned.cell.id)
 
     def _saw_environment(self, world_size: int, environment: dict[str, Any]) -> None:
         if self.environment["running"].get(str(world_size)) != environment:
@@ -283,51 +349,8 @@ class _Sweep:
 
     def _mark_interrupted(self) -> None:
         """The running cell and those that never ran: a resumed sweep runs them."""
-        if self.running:
-            cell = self.running.cell
+        for cell in (planned.cell for planned in self.running):
             self._keep(not_measured(cell, "interrupted", f"interrupted in round {self.round + 1} of {self.plan.rounds}", self.results.get(cell.id)))
         for planned in self.plan.runnable:
             if planned.cell.id not in self.results:
-                self.results[planned.cell.id] = not_measured(planned.cell, "interrupted", "the sweep was interrupted before this cell")
-
-
-class _Stop:
-    """SIGINT and SIGTERM as a flag: the sweep ends at the next poll, never in the middle of a write."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        self._asked = True
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if the sweep is to end."""
-        if self._asked:
-            raise KeyboardInterrupt
-
-
-def _new_run(scenario: Scenario, argv: list[str], notes: list[str]) -> Run:
-    return Run(
-        id=uuid.uuid4().hex[:12],
-        name=scenario.name,
-        argv=argv,
-        scenario=scenario.model_dump(mode="json"),
-        defaults=notes,
-        started=_now(),
-        cpbench_version=cpbench.__version__,
-        git=git_state(),
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+                self.results[planned.cell.id] = self._labelled(not_measured(planned.cell, "interrupted", "the sweep was interrupted before this cell"))

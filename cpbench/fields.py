@@ -15,9 +15,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cpbench.errors import CpbenchError, unknown
 from cpbench.layout import MAX_RANKS, Layout
-from cpbench.units import parse_count, parse_fraction, parse_seconds
+from cpbench.units import parse_bytes, parse_count, parse_fraction, parse_seconds
 
 MAX_BATCH = 4096
+FLAGS = {"strategy": "strategies"}  # flags that are called otherwise than their field
 
 
 def refuse(message: str, hint: str) -> NoReturn:
@@ -72,11 +73,22 @@ Whole = Annotated[int, BeforeValidator(_no_bool)]
 Tokens = Annotated[int, BeforeValidator(_no_bool), _through(parse_count), Field(ge=1), _or_text("integer")]
 Cached = Annotated[int, BeforeValidator(_no_bool), _through(parse_count), Field(ge=0), _or_text("integer")]
 Seconds = Annotated[float, BeforeValidator(_no_bool), _through(parse_seconds), Field(gt=0), _or_text("number")]
+Size = Annotated[int, BeforeValidator(_no_bool), _through(parse_bytes), Field(ge=1), _or_text("integer")]
 Ratio = Annotated[float, BeforeValidator(_no_bool), _through(parse_fraction), Field(gt=0, lt=1), _or_text("number")]
 Degree = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_RANKS)]
 BatchSize = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=MAX_BATCH)]
 LayoutName = Annotated[str, BeforeValidator(_canonical)]
 LIST = BeforeValidator(_as_list)
+
+
+def settings_of(variant: str) -> list[tuple[str, str]]:
+    """`strategy=ring head_groups=2` as fields with their values. Raises CpbenchError for what is none."""
+    found = [part.partition("=") for part in variant.split()]
+    wrong = next((f"{name}{equals}{value}" for name, equals, value in found if not (name and value)), None if found else variant)
+    if wrong is not None:
+        hint = "Write field=value for each variant, several separated by spaces: --ab strategy=ring 'strategy=allgather head_groups=2'."
+        raise CpbenchError(f"ab: {wrong!r} is not a setting.", hint)
+    return [(FLAGS.get(name, name), value) for name, _, value in found]
 
 
 def group_of_fields(model: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from cpbench.cell import Cell
 from cpbench.launch import Handle, Launcher
+from cpbench.measure.history import Owner
 from cpbench.results import Status
 
 POLL_SECONDS = 0.05
@@ -28,11 +29,16 @@ SECONDARY = {signal.SIGTERM, signal.SIGABRT}  # how ranks end because another on
 
 @dataclass(frozen=True)
 class JobCell:
-    """A cell of a job; `index` names it in the events."""
+    """A cell of a job; `index` names it in the events. `other`: the cell whose passes alternate with its own, if one's do."""
 
     index: int
     cell: Cell
     verify: bool
+    other: JobCell | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        entry = {"index": self.index, "cell": self.cell.to_dict(), "verify": self.verify}
+        return entry | {"other": self.other.to_dict()} if self.other else entry
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,18 @@ class Job:
     cells: tuple[JobCell, ...]
     weights: str | None = None  # the folder of the checkpoint that cells name
     prompt: tuple[int, ...] | None = None  # the tokens of the prompt that cells name
+    memory_limit: int | None = None  # bytes that a rank may have
+    timed: bool = True  # else nothing is measured but memory
+    trace: str | None = None  # the folder for the traces of a profile
+    scripts: str | None = None  # the folder for what ranks do in a projection, whose compute is measured
 
     def to_dict(self, events: Path) -> dict[str, Any]:
-        cells = [{"index": c.index, "cell": c.cell.to_dict(), "verify": c.verify} for c in self.cells]
         fields = {name: value for name, value in vars(self).items() if name != "cells"}
-        return {**fields, "events": str(events), "cells": cells}
+        return {**fields, "events": str(events), "cells": [cell.to_dict() for cell in self.cells]}
+
+    def timeout(self, index: int) -> float:
+        """Seconds for the cell of this index, and for the one that is measured with it."""
+        return self.cell_timeout * (2 if any(cell.index == index and cell.other for cell in self.cells) else 1)
 
 
 @dataclass
@@ -66,6 +79,8 @@ class GroupFailed(Exception):  # noqa: N818 - it says what happened
     index: int | None = None
     rank: int | None = None
     log_tail: tuple[str, ...] = ()
+    owners: tuple[Owner, ...] = ()  # who had the memory that ran out, the largest first
+    history: dict[str, Any] | None = None  # of the pass in which it did, as the rank wrote it
 
 
 def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, check: Callable[[], None]) -> Generator[dict[str, Any], None, None]:
@@ -108,13 +123,17 @@ class _Watch:
     def __init__(self, job: Job, start_timeout: float, now: float) -> None:
         self.job, self.start_timeout = job, start_timeout
         self.running: int | None = None
+        self.seconds = 0.0  # that what is running may take
         self.ready = self.finished = self._hurried = False
         self.deadline = now + start_timeout
 
     def saw(self, event: dict[str, Any], now: float) -> None:
         kind = event.get("event")
         if kind == "start":
-            self.running, self.deadline = event["index"], now + self.job.cell_timeout
+            self.running, self.seconds = event["index"], self.job.timeout(event["index"])
+            self.deadline = now + self.seconds
+        elif kind == "turn":
+            self.running = event["index"]
         elif kind == "done":
             self.running, self.deadline = None, now + self.start_timeout
         elif kind == "ready":
@@ -130,7 +149,7 @@ class _Watch:
     def too_late(self, logs: Path) -> GroupFailed:
         tail = _all_tails(logs, self.job.world_size)
         if self.running is not None:
-            return GroupFailed("timeout", f"not done after {self.job.cell_timeout:g} s", self.running, None, tail)
+            return GroupFailed("timeout", f"not done after {self.seconds:g} s", self.running, None, tail)
         what = "the ranks went silent between two cells" if self.ready else "the ranks were not ready"
         return GroupFailed("crash", f"{what} for {self.start_timeout:g} s", None, None, tail)
 
@@ -182,7 +201,8 @@ def _diagnose(watch: _Watch, failed_ranks: list[dict[str, Any]], code: int | Non
         index = first.get("index") if first.get("index") is not None else watch.running
         tail = tuple(_clean(str(line)) for line in first.get("log_tail") or [])[-TAIL_LINES:] or _tail(logs, rank)
         status: Status = "oom" if first.get("status") == "oom" else "crash"
-        return GroupFailed(status, _clean(str(first.get("reason") or "no reason given")), index, rank, tail)
+        owners = tuple(Owner(_clean(str(owner["name"])), int(owner["bytes"])) for owner in first.get("owners") or [])
+        return GroupFailed(status, _clean(str(first.get("reason") or "no reason given")), index, rank, tail, owners, first.get("history"))
     when = "" if watch.ready else " before they were ready"
     tail = _all_tails(logs, watch.job.world_size) or _last(handle.output())
     return GroupFailed("crash", f"the ranks ended with exit code {code}{when}", watch.running, None, tail)

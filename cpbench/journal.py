@@ -1,6 +1,6 @@
 """Writing a result so that nothing measured is lost: an append-only journal while the sweep runs, one JSON file when it ends.
 
-The journal lies beside the result (`x.json` -> `x.jsonl`), one JSON object per line, on disk before the next cell starts; results.py
+The journal lies beside the result (`x.json` -> `x.jsonl`), one JSON object per line, on disk before the next cell starts; reading.py
 reads both. A finished file is never overwritten unless it is the one being resumed. What is written is decided in driver.py.
 """
 

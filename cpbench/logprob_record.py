@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 import cpbench
+from cpbench.atomic import replace_file
 from cpbench.cell import Cell
 from cpbench.environment import git_state
 from cpbench.errors import NOTHING_COMPARABLE, UNREADABLE, CpbenchError
 from cpbench.logprobs import Rule
 from cpbench.prompt import prompt_name
-from cpbench.results import checked, read_text
+from cpbench.reading import checked, read_text
 
 SCHEMA: Final = "cpbench.logprobs"
 SCHEMA_VERSION = 1
@@ -124,21 +124,9 @@ def read_log_probs(file: Path) -> LogProbs:
     return checked(data, file, LogProbs, SCHEMA, SCHEMA_VERSION)
 
 
-def refuse_existing(file: Path) -> None:
-    """Raise CpbenchError where a file would be overwritten."""
-    if file.exists():
-        raise CpbenchError(f"{file} exists.", "Choose another file with -o.")
-
-
 def write_log_probs(record: LogProbs, file: Path) -> None:
     """Write a file in one step. Raises CpbenchError where it cannot be written."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(record.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
-        temporary.replace(file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CpbenchError(f"{file} cannot be written: {error.strerror}.", "Choose another file with -o.") from error
+    replace_file(file, f"{record.model_dump_json(by_alias=True)}\n".encode())
 
 
 def json_schema() -> dict[str, Any]:

@@ -48,7 +48,7 @@ SEQ = _axis("--seq", "LENGTHS", "New tokens per sequence, a comma list: 36k,128k
 BATCH = _axis("--batch", "SIZES", "Sequences per batch, a comma list. Default: 1.")
 LENGTHS = _axis("--lengths", "LENGTHS", "One batch, the new tokens of each sequence: 1003,517,36k; may be repeated. Instead of --seq and --batch.")
 PREFIX = _rare_axis("--prefix", "LENGTHS", "Cached tokens: with --seq a comma list to try, with --lengths those of each sequence. Default: 0.")
-CP = _axis("--cp", "DEGREES", "Context-parallel degrees: 2,4,8; cp=1 is added as the baseline. Default: 1.")
+CP = _axis("--cp", "DEGREES", "Context-parallel degrees: 2,4,8; a sweep adds cp=1 as the baseline. Default: 1.")
 TP = _axis("--tp", "DEGREES", "Tensor-parallel degrees. Default: 1.")
 DP = _axis("--dp", "DEGREES", "Attention data-parallel degrees: groups that share out the sequences. Default: 1.")
 PP = _axis("--pp", "DEGREES", "Pipeline stages, which share out the layers. Default: 1.")
@@ -59,6 +59,10 @@ STRATEGY = _axis("--strategy", "NAMES", "Context-parallel algorithms (cpbench li
 MODEL = _text(_WHAT, "--model", "NAME", "Preset, or path of a config.json. Default: qwen3-tiny on CPU, qwen3-8b on CUDA.")
 TARGET = _rare("--target", "NAME", "prefill (time to first token), layer or attention. Default: prefill.")
 SET = _axis("--set", "A.B=C", "Any field of a scenario, for example timing.precision=1%; may be repeated.")
+AB = Annotated[
+    tuple[str, str] | None,
+    _option(_WHAT, "--ab", "A B", "Two variants whose passes alternate in one process group: strategy=ring strategy=allgather.", hidden=True),
+]
 PAIR = _flag(_WHAT, "--pair", "Pair lists that have several values instead of crossing them.", hidden=True)
 PARTITION = _rare("--partition", "NAME", "Which tokens a rank holds (cpbench list partitions). Default: what the strategy prefers.")
 CHUNK = _rare("--chunk", "TOKENS", "Prefill in chunks of so many new tokens of each sequence. Default: all at once.")
@@ -75,15 +79,33 @@ THREADS = _rare("--threads", "N", "CPU threads per rank. Default: cores // ranks
 ROUNDS = _text(_LONG, "--rounds", "N", "Fresh passes over all cells. Default: 1.")
 BUDGET = _rare("--budget", "TIME", "Skip cells that do not fit into it: 20m. Default: no limit.")
 CELL_TIMEOUT = _rare("--cell-timeout", "TIME", "End a cell that takes longer in one round. Default: 10m.")
+MEMORY_LIMIT = _rare("--memory-limit", "SIZE", "What a rank may have: 512M, 8G. On CPU live tensors are held against it. Default: no limit.")
 RESUME = _flag(_CONTINUE, "--resume", "Continue the newest unfinished result, or the one named by -o.")
 RETRY = _rare("--retry", "STATUSES", "What --resume runs again: oom,timeout,crash,... Default: interrupted.")
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
-MORE = (
+_RARE = (
     "Also: --prefix LENGTHS (cached tokens), --target NAME (prefill, layer, attention), --ep DEGREES, --gpus N (every layout of N ranks), --pair "
     "(lists in pairs, not crossed), --partition NAME, --chunk TOKENS, --layers N, --experts N, --weights DIR (a checkpoint), --prompt FILE (a text), "
-    "--dtype NAME, --quant fp8, --router RULE, --deterministic (the same bits in every layout), --seed N, --threads N, --budget TIME, --cell-timeout TIME; "
-    "with --resume, --retry STATUSES, --force. The README explains them."
+    "--dtype NAME, --quant fp8, --router RULE, --deterministic (the same bits in every layout), --seed N, --threads N, --cell-timeout TIME, "
+    "--memory-limit SIZE"
 )
+MORE = (
+    f"{_RARE}, --ab A B (two variants, pass by pass: strategy=ring strategy=allgather), --budget TIME; with --resume, --retry STATUSES, --force. "
+    "The README explains them."
+)
+MORE_OF_ONE = f"{_RARE}. The README explains them."
+SWEEP_ONLY = ("ab", "rounds", "budget", "resume", "retry", "force", "dry_run")  # flags of a sweep that make no sense for one cell
+PROJECT_ONLY = (*SWEEP_ONLY[:-1], "cell_timeout", "memory_limit")  # flags of a sweep that make no sense where nothing is timed
+_DEVICES = "Which devices"
+PROJECT_FILE = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A sweep whose skipped cells are projected, instead of flags.", show_default=False)]
+HARDWARE = _text(_DEVICES, "--hardware", "NAME|FILE", "h100, h200, b200, a100, h800, h20, ascend-910b, cpu, or a profile by calibrate. Default: h200.")
+NODES = _text(_DEVICES, "--nodes", "N", "Nodes there are. With neither degrees nor layouts, every layout of all their devices.")
+PER_NODE = _text(_DEVICES, "--gpus-per-node", "N", "Devices that the fast links join. Default: as the profile says, 8.")
+LINK = _text(_DEVICES, "--link", "NAME|RATE", "Between nodes 400G, 200Gb/s or 50GB/s, nvlink; inside pcie4 or pcie5. Default: as the profile says.")
+COMPUTE = _text(_DEVICES, "--compute", "lookup|measured", "Work looked up in the profile, or measured on this machine. Default: lookup.")
+TOP = Annotated[int | None, _option(_OUTPUT, "--top", "N", "Show only the N shortest times that fit into memory; the file has all.")]
+EXPLAIN_PROJECTION = _flag(_OUTPUT, "--explain", "Show one layer of one cell: work and transfers of ranks that differ over time, as a table and a figure.")
+NSYS = _flag(_OUTPUT, "--nsys", "Under Nsight Systems instead of the torch profiler: a report per rank, and its NVTX summary.")
 _VERIFY = "What to verify"
 VERIFY_STRATEGY = Annotated[
     list[str] | None, _option(_VERIFY, "--strategy", "NAMES", "Context-parallel algorithms (cpbench list), u4r2, or all. Default: all.")
@@ -120,12 +142,59 @@ EXPLAIN_MODEL = _text(_EXPLAIN, "--model", "NAME", "Preset, or path of a config.
 EXPLAIN_SEQ = _text(_EXPLAIN, "--seq", "N", "New tokens. Default: 36k.")
 EXPLAIN_STRATEGY = _text(_EXPLAIN, "--strategy", "NAME", "Context-parallel algorithm. Default: allgather.")
 EXPLAIN_SET = Annotated[list[str] | None, _option(_EXPLAIN, "--set", "A=B", "Any other field of a scenario: target, layers, dtype, sp_gather, dispatch.")]
+_MAXSEQ = "What to look for"
+MAXSEQ_LAYOUTS = Annotated[list[str] | None, _option(_MAXSEQ, "--layouts", "NAMES", "Layouts by name: cp8,tp8,cp4tp2.")]
+MAXSEQ_STRATEGY = Annotated[
+    list[str] | None, _option(_MAXSEQ, "--strategy", "NAMES", "Context-parallel algorithms (cpbench list), u4r2, or all. Default: allgather,ring,ulysses.")
+]
+MAXSEQ_MODEL = _text(_MAXSEQ, "--model", "NAME", "Preset, or path of a config.json. Default: qwen3-tiny on CPU, qwen3-8b on CUDA.")
+MAXSEQ_LAYERS = _text(_MAXSEQ, "--layers", "N", "Decoder layers. Default: 1 on CPU, 4 on CUDA.")
+MAXSEQ_MEMORY = _text(_MAXSEQ, "--memory-limit", "SIZE", "What a rank may have: 512M, 8G. Needed on CPU. Default on CUDA: what the GPU has.")
+MAXSEQ_SEQ = _text(_MAXSEQ, "--seq", "TOKENS", "The length that is tried first; then it is doubled. Default: 4k.")
+MAXSEQ_PRECISION = _text(_MAXSEQ, "--precision", "PART", "How close to the longest length: 1% of it. Default: 1%.")
+MAXSEQ_SET = Annotated[list[str] | None, _option(_MAXSEQ, "--set", "A.B=C", "Any other field of a scenario: dtype, batch, prefix, chunk, quant, kv_cache.")]
+MAXSEQ_OUTPUT = _path(_OUTPUT, "--output -o", "The result file, all trials in it. Default: results/maxseq-TIME.json.")
+CALIBRATE_OUTPUT = _path(_OUTPUT, "--output -o", "The profile, for --hardware. Default: calibration.json.")
+CALIBRATE_DEVICE = _text(_WHAT, "--device", "NAME", "cpu or cuda. Default: cuda where there is a GPU.")
+CALIBRATE_RANKS = Annotated[int | None, _option(_WHAT, "--max-ranks", "N", "Ranks that are busy and communicate. Default: all GPUs, or a rank for each core.")]
+QUICK = _flag(_LONG, "--quick", "A few sizes of each kind: seconds, to see that it works.")
+_FIGURE = "Which figures"
+PLOT_FILES = Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files or journals. Of two, what changed is plotted too.", show_default=False)]
+PLOT_FIGURE = _text(_FIGURE, "--figure", "NAMES", "time, throughput, memory, efficiency, split, heatmap, pareto, forest. Default: all that can be filled.")
+PLOT_X = _text(_FIGURE, "--x", "FIELD", "One figure instead: a field or metric, as seq, world_size, peak_bytes. Default: seq.")
+PLOT_Y = _text(_FIGURE, "--y", "METRIC", "The metric of that figure: ttft_s, comm_bytes, skew. Default: the time that was measured.")
+PLOT_BY = _text(_FIGURE, "--by", "FIELDS", "One line for each value of these: strategy,cp. Default: layout and strategy.")
+PLOT_FACET = _text(_FIGURE, "--facet", "FIELDS", "One panel for each value of these. Default: what is different work, as model and dtype.")
+PLOT_WHERE = _text(_FIGURE, "--where", "FILTER", "Only cells like this: 'strategy==ring and seq>=128k'.")
+PLOT_FORMAT = _text(_OUTPUT, "--format", "NAMES", "svg, png or both: svg,png. Default: svg.")
+PLOT_OUTPUT = Annotated[Path | None, _option(_OUTPUT, "--output -o", "FOLDER", "Where NAME-FIGURE.svg is written. Default: beside the first file.")]
 DEEP = _flag(_VERIFY, "--deep", "The long grid: more degrees, heads, batches, dtypes and page sizes. Minutes.")
 OUTPUT = _path(_OUTPUT, "--output -o", "The result file. Default: results/NAME-TIME.json.")
 DRY_RUN = _flag(_OUTPUT, "--dry-run", "Show cells, reasons and estimates; run nothing.")
 JSON = _flag(_OUTPUT, "--json", "Print JSON instead of a table.")
 QUIET = _flag(_OUTPUT, "--quiet -q", "Print only the result.")
 VERSION = _flag("Options", "--version", "Print the version and exit.")
-FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A result file, or the journal of an unfinished one.", show_default=False)]
+FILES = Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files, or the journals of unfinished ones.", show_default=False)]
+UPGRADE_FILES = Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files of this or an older version.", show_default=False)]
+WHERE = _text("What to show", "--where", "FILTER", "Only the cells that it keeps: 'strategy==ring and seq>=128k'.")
+FORMAT = _text(_OUTPUT, "--format", "NAME", "text, md (for a pull request), csv, parquet or json. Default: as -o is named, else text.")
+SHOW_OUTPUT = _path(_OUTPUT, "--output -o", "Write a file instead of printing.")
 NAMES = Annotated[list[str], typer.Argument(metavar="NAME", help="Axes and sizes: cp4tp2, pp2cp4u2 (Ulysses 2), cp2tp4/ep4tp2 (experts).", show_default=False)]
 LIST = Annotated[str | None, typer.Argument(metavar="WHAT", help="strategies, kernels, models or partitions; all without it.", show_default=False)]
+REPORT_FILES = Annotated[list[Path], typer.Argument(metavar="FILE [NEW]", help="A result file; with a newer one, what changed.", show_default=False)]
+REPORT_OUTPUT = _path(_OUTPUT, "--output -o", "The page. Default: NAME.html beside the first file.")
+REPORT_FORCE = _flag(_OUTPUT, "--force", "Overwrite FILE although it is not a report.")
+_COMPARE = "How to compare"
+COMPARE_FILES = Annotated[list[Path], typer.Argument(metavar="FILE", help="Result files or journals. Several are compared with the first.", show_default=False)]
+COMPARE_METRIC = Annotated[
+    list[str] | None, _option(_COMPARE, "--metric", "NAMES", "time, memory, profile, all, or metrics by name: skew,comm_bytes. Default: time,memory.")
+]
+COMPARE_BY = _text(_COMPARE, "--by", "FIELD", "Compare cells that differ in strategy, layout or cp, in one file or across; strategy=ring names the reference.")
+COMPARE_NOISE = _text(_COMPARE, "--noise", "PART", "A change up to here is none. Default: 2%; 5% at least where there are fewer than 4 rounds.")
+COMPARE_STRICT = _flag(_COMPARE, "--strict", "p for the whole table and not for each row (Benjamini-Hochberg).")
+COMPARE_ACROSS = Annotated[
+    list[str] | None, _option(_COMPARE, "--across", "WHAT", "Compare all the same: kernel (another was dispatched), kind (measured, derived, projected).")
+]
+FAIL_ON = _text(_OUTPUT, "--fail-on", "WHAT", "Exit code 1 on a regression (slower, worse or broke), or on broke alone.")
+COMPARE_FORMAT = _text(_OUTPUT, "--format", "NAME", "text, md (for a pull request), json or csv. Default: text.")
+ALL = _flag(_OUTPUT, "--all", "List every row: also cells of one file alone, and all that is the same.")

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cpbench.distributed.collectives import Group, Handle
+from cpbench.distributed.collectives import Group
+from cpbench.distributed.flight import Handle
+from cpbench.tracing.spans import PIPELINE
 
 
 class Pipeline:
@@ -26,21 +28,24 @@ class Pipeline:
 
     def receive(self, step: int) -> Tensor:
         """Hidden states [n, M] of a step from the stage before. Steps come in order."""
-        hidden_nM, handle = self._coming or self._ask(step)
-        handle.wait()
-        self._coming = self._ask(step + 1) if step + 1 < len(self._rows) else None
-        return hidden_nM
+        with PIPELINE():
+            hidden_nM, handle = self._coming or self._ask(step)
+            handle.wait()
+            self._coming = self._ask(step + 1) if step + 1 < len(self._rows) else None
+            return hidden_nM
 
     def send(self, hidden_nM: Tensor) -> None:
         """Send the hidden states of a step to the stage behind; those of the step before have left when this returns."""
         self.finish()
         if len(hidden_nM):
-            self._going = hidden_nM, self._group.send(hidden_nM, self._group.rank + 1)
+            with PIPELINE():
+                self._going = hidden_nM, self._group.send(hidden_nM, self._group.rank + 1)
 
     def finish(self) -> None:
         """Return when everything sent has left."""
         if self._going is not None:
-            self._going[1].wait()
+            with PIPELINE():
+                self._going[1].wait()
             self._going = None
 
     def _ask(self, step: int) -> tuple[Tensor, Handle]:

@@ -27,6 +27,7 @@ from cpbench.kernels import load_kernel
 from cpbench.layout import Layout
 from cpbench.models.checkpoint import Checkpoint
 from cpbench.models.config import ModelConfig
+from cpbench.pairing import Pair, pair_up, sides
 from cpbench.prompt import prompt_name, read_prompt
 from cpbench.quantisation import quant_reason
 from cpbench.scenario import COMMON_DEFAULTS, Scenario, Timing
@@ -66,6 +67,7 @@ class Plan:
     threads: int | None
     device: str
     left_out: tuple[LeftOut, ...] = ()
+    pairs: tuple[Pair, ...] = ()
 
     @cached_property
     def runnable(self) -> tuple[PlannedCell, ...]:
@@ -75,6 +77,14 @@ class Plan:
     def world_sizes(self) -> tuple[int, ...]:
         """Of the cells that will run, ascending."""
         return tuple(sorted({planned.cell.world_size for planned in self.runnable}))
+
+    def together(self, cells: Sequence[PlannedCell]) -> list[tuple[PlannedCell, ...]]:
+        """What is measured at a time: a cell, or both cells of a pair if both are there, A before B."""
+        place = {cell.id: (number, side) for number, pair in enumerate(self.pairs) for side, cell in enumerate((pair.a, pair.b))}
+        groups: dict[object, list[PlannedCell]] = {}
+        for planned in cells:
+            groups.setdefault(place.get(planned.cell.id, (planned.cell.id,))[0], []).append(planned)
+        return [tuple(sorted(group, key=lambda planned: place.get(planned.cell.id, (0, 0))[1])) for group in groups.values()]
 
     @property
     def seconds(self) -> float:
@@ -91,7 +101,22 @@ class Plan:
 
 
 def make_plan(scenario: Scenario, machine: Machine) -> Plan:
-    """The cells of a resolved scenario on a machine. Raises CpbenchError where a requested value cannot run at all."""
+    """The cells of a resolved scenario on a machine, of both variants if it has two. Raises CpbenchError where a requested value cannot run at all."""
+    if scenario.ab is None:
+        return _one_plan(scenario, machine)
+    a, b = (_one_plan(side, machine) for side in sides(scenario, machine))
+    pairs = pair_up([planned.cell for planned in a.cells], [planned.cell for planned in b.cells], scenario.ab)
+    distinct = {planned.cell.id: planned for planned in (*a.cells, *b.cells)}
+    cells = tuple(sorted(distinct.values(), key=_by_ranks))
+    return replace(a, cells=cells, left_out=tuple(dict.fromkeys((*a.left_out, *b.left_out))), pairs=pairs)
+
+
+def _by_ranks(planned: PlannedCell) -> tuple[int, int]:
+    return planned.cell.world_size, planned.cell.layout.cp
+
+
+def _one_plan(scenario: Scenario, machine: Machine) -> Plan:
+    """The cells of a scenario with one variant."""
     config = model_of(scenario)
     device = scenario.device
     if scenario.kernel != "auto":
@@ -101,8 +126,7 @@ def make_plan(scenario: Scenario, machine: Machine) -> Plan:
     cells = _distinct(cells_of(scenario, config, weights, prompt))
     _refuse_left_out(scenario, cells, plan.left_out)
     _require_partition(scenario, cells)
-    ordered = sorted(cells, key=lambda cell: (cell.world_size, cell.layout.cp))  # stable: else as asked
-    planned = [_planned(cell, machine, plan, scenario.timing) for cell in ordered]
+    planned = sorted((_planned(cell, machine, plan, scenario.timing) for cell in cells), key=_by_ranks)  # stable: else as asked
     _refuse_impossible(scenario, planned)
     return replace(plan, cells=tuple(planned))
 

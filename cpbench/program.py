@@ -39,6 +39,7 @@ from cpbench.selective_attention import IndexQueries, SelectiveAttention
 from cpbench.sharding import Unit, dispatch_of, unit_of, unit_pieces
 from cpbench.strategies import STRATEGIES
 from cpbench.strategies.base import Context, OpenRows, ParallelAttention, cached_rows, keys_and_values, row_index, row_values
+from cpbench.tracing.spans import ATTENTION, EMBED, HEAD
 from cpbench.visible import in_order
 
 
@@ -266,12 +267,13 @@ class Program:
                 rows = attention.rows(0, (n, row_values(self.cell)), q)
                 if len(steps) > 1:
                     rows.copy_(self.inputs[-1][part])
-                if index is not None and isinstance(attention, SelectiveAttention):
-                    outputs.append(attention.collect(rows, 0)().answer(IndexQueries(index.q_nHD[part], index.gates_nH[part]), q[part]))
-                else:
-                    outputs.append(attention.attend(q[part], rows, open_rows, 0))
-                if latent is not None:
-                    outputs[-1] = release_outputs(outputs[-1], self.latent_weight, latent)
+                with ATTENTION():
+                    if index is not None and isinstance(attention, SelectiveAttention):
+                        outputs.append(attention.collect(rows, 0)().answer(IndexQueries(index.q_nHD[part], index.gates_nH[part]), q[part]))
+                    else:
+                        outputs.append(attention.attend(q[part], rows, open_rows, 0))
+                    if latent is not None:
+                        outputs[-1] = release_outputs(outputs[-1], self.latent_weight, latent)
                 self._settle(outputs)
             return Output(_joined(outputs, nothing))
 
@@ -304,7 +306,8 @@ class Program:
     def _embed(self, ids: Tensor, step: Step) -> Tensor:
         if step.attention is None:
             return torch.empty(0, self.cell.config.hidden, dtype=self.dtype, device=self.device)
-        return shown(self.watching(step), self.decoder.embed(ids[step.rows], step.communicator), "embedding")
+        with EMBED():
+            return shown(self.watching(step), self.decoder.embed(ids[step.rows], step.communicator), "embedding")
 
     def watching(self, step: Step) -> Watch | None:
         """Who watches, told of which tokens the rows are that are held in a step."""
@@ -313,7 +316,8 @@ class Program:
     def _first_tokens(self, last_BM: Tensor) -> FirstTokens:
         """Of this part's sequences, on the last stage."""
         communicator = self.steps[0].communicator
-        return self.decoder.first_tokens(communicator.share_last(last_BM, not self.part.steps[-1].split.replicated), communicator)
+        with HEAD():
+            return self.decoder.first_tokens(communicator.share_last(last_BM, not self.part.steps[-1].split.replicated), communicator)
 
     def _settle(self, outputs: list[Tensor]) -> None:
         """After a step: its rows are dropped unless they are wanted, and copied out of reused buffers where more steps follow."""

@@ -11,19 +11,27 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from cpbench.cell import Cell
+from cpbench.clock_record import ClockRound, Clocks, clock_warnings
 from cpbench.errors import CpbenchError
-from cpbench.results import CellResult, Failure, FirstToken, Memory, Metric, Numerics, RankRecord, Status
+from cpbench.projection.light import Limits, light
+from cpbench.results import CellResult, ComparedCell, Failure, FirstToken, Memory, Metric, Numerics, Peak, RankRecord, Split, Status
 from cpbench.stats import median, median_interval, outliers
 
 TIME_METRIC = {"prefill": "ttft_s", "layer": "layer_s", "attention": "attention_s"}
+SPLIT_METRICS = ("compute_s", "comm_s", "exposed_comm_s")
 NO_TIME: tuple[Status, ...] = ("wrong", "unsupported")
 OUTLIER_WARNING = "far from the median (kept)"
 
 
+def time_of(cell: ComparedCell) -> Metric | None:
+    """The metric that the target is about: TTFT, or the time of a layer or of the attention."""
+    return next((cell.metrics[name] for name in TIME_METRIC.values() if name in cell.metrics), None)
+
+
 def rounds_done(result: CellResult | None) -> int:
     """How many rounds of samples a cell has."""
-    times = [metric for name, metric in result.metrics.items() if name in TIME_METRIC.values()] if result else []
-    return len(times[0].rounds) if times else 0
+    time = time_of(result) if result else None
+    return len(time.rounds) if time else 0
 
 
 def merge_record(cell: Cell, previous: CellResult | None, record: dict[str, Any]) -> CellResult:
@@ -39,11 +47,16 @@ def merge_record(cell: Cell, previous: CellResult | None, record: dict[str, Any]
 
 def _merged(cell: Cell, previous: CellResult | None, record: dict[str, Any]) -> CellResult:
     status: Status = record["status"]
-    if status == "ok" and not record["samples"]:
+    timed = record.get("timed", True)
+    if status == "ok" and timed and not record["samples"]:
         raise ValueError("no samples")
-    metrics = {} if status in NO_TIME else _metrics(cell, previous.metrics if previous else {}, record)
+    metrics = {} if status in NO_TIME or not timed else _metrics(cell, previous.metrics if previous else {}, record)
     numerics = Numerics.model_validate(record["numerics"]) if record.get("numerics") else previous.numerics if previous else None
-    warnings = [*(previous.warnings if previous else []), *record.get("warnings", [])]
+    known = previous.clocks if previous else Clocks()
+    clocks = Clocks(rounds=[*known.rounds, *([ClockRound.model_validate(record["clocks"])] if record.get("clocks") else [])])
+    outdated = clock_warnings(known)
+    earlier = [text for text in (previous.warnings if previous else []) if text not in outdated]
+    warnings = [*earlier, *record.get("warnings", []), *_refused(record), *clock_warnings(clocks)]
     return CellResult(
         id=cell.id,
         key=cell.key,
@@ -61,8 +74,10 @@ def _merged(cell: Cell, previous: CellResult | None, record: dict[str, Any]) -> 
         memory=_larger(previous.memory if previous else None, record.get("memory")),
         ranks=[RankRecord.model_validate(rank) for rank in record.get("ranks", [])],
         traffic=record.get("traffic") or {},
+        split=Split.model_validate(record["split"]) if record.get("split") else None,
+        peak=_peak(record),
         experts=record.get("experts") or {},
-        clocks=record.get("clocks") or {},
+        clocks=clocks,
         numerics=numerics,
         first_tokens=[FirstToken.model_validate(token) for token in record.get("first_tokens") or []],
         warnings=_with_outliers(warnings, metrics, TIME_METRIC[cell.target]),
@@ -77,11 +92,35 @@ def _metrics(cell: Cell, old: dict[str, Metric], record: dict[str, Any]) -> dict
         TIME_METRIC[cell.target]: ("s", "lower", samples),
         "tokens_per_s": ("tokens/s", "higher", [cell.tokens / sample for sample in samples]),
     }
-    if operations:
-        new["tflops_per_rank"] = ("TFLOP/s", "higher", [operations / sample / 1e12 for sample in samples])
+    if operations and not _refused(record):
+        achieved, peak = [operations / sample for sample in samples], _peak(record)
+        new["tflops_per_rank"] = ("TFLOP/s", "higher", [flops / 1e12 for flops in achieved])
+        if peak:
+            least = light(cell, Limits(peak.flops)).seconds  # of the compute floor: neither memory nor links have a data sheet here
+            new["peak_fraction"] = ("1", "higher", [flops / peak.flops for flops in achieved])
+            new["light_fraction"] = ("1", "higher", [least / sample for sample in samples])
+    for name in SPLIT_METRICS:
+        if (value := (record.get("split") or {}).get(name)) is not None:
+            new[name] = ("s", "lower", [float(value)])
     if record.get("skew_samples"):
         new["skew"] = ("1", "lower", [float(sample) for sample in record["skew_samples"]])
-    return {name: _metric(old.get(name), unit, better, values, record.get("stop")) for name, (unit, better, values) in new.items()}
+    added = {name: _metric(old.get(name), unit, better, values, record.get("stop")) for name, (unit, better, values) in new.items()}
+    return {**old, **added}
+
+
+def _peak(record: dict[str, Any]) -> Peak | None:
+    return Peak.model_validate(record["peak"]) if record.get("peak") else None
+
+
+def _refused(record: dict[str, Any]) -> list[str]:
+    """Why the achieved FLOP/s are not believed, in words."""
+    peak, operations = _peak(record), record.get("flops_per_rank")
+    if not (peak and peak.is_limit and operations and record.get("samples")):
+        return []
+    most = operations / min(record["samples"])
+    if most <= peak.flops:
+        return []
+    return [f"{most / 1e12:,.0f} TFLOP/s per rank is above the {peak.flops / 1e12:,.0f} of the {peak.source}, and is not stored: the time is too short"]
 
 
 def _metric(old: Metric | None, unit: str, better: Literal["lower", "higher", "none"], samples: list[float], stop: str | None) -> Metric:

@@ -1,33 +1,30 @@
-"""What a result file holds: the models that every reader and writer shares, and how a file becomes one of them.
+"""What a result file holds: the models that every reader and writer shares, and the schema of them.
 
-A run is an append-only journal (`.jsonl`) while it lasts and one JSON file when it ends; both read alike. Files are untrusted: their
-size is limited, they are checked against the models, nothing in them is executed. Writing while a sweep runs is journal.py's part.
+How a file becomes a model is reading.py's part; writing while a sweep runs is journal.py's.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from glob import glob
-from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cpbench.errors import UNREADABLE, CpbenchError
+from cpbench.clock_record import Clocks
+from cpbench.tracing.record import Profile
 
 SCHEMA: Final = "cpbench.result"
 SCHEMA_VERSION = 1
-MAX_FILE_BYTES = 256 << 20
+MAX_TOKENS = 2**53
 
-Stored = TypeVar("Stored", bound=BaseModel)
 Status = Literal["ok", "oom", "timeout", "crash", "wrong", "unsupported", "skipped", "interrupted"]
+RunKind = Literal["sweep", "profile", "maxseq", "projection"]
 FAILED: tuple[Status, ...] = ("oom", "timeout", "crash", "wrong", "interrupted")
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Metric(_Model):
@@ -52,6 +49,50 @@ class Memory(_Model):
     peak_rss_bytes: int | None = Field(None, description="resident set of the process")
     predicted_live_bytes: int | None = Field(None, description="closed form for the same rank")
     by_category: dict[str, int] = Field(default_factory=dict, description="what was alive at the live peak")
+
+
+class RankTimes(_Model):
+    """Seconds of one rank in the marked pass."""
+
+    step_s: float
+    compute_s: float = Field(description="own work: the pass without what is exposed")
+    comm_s: float = Field(description="exposed, and hidden behind own work as far as a collective of its size takes alone")
+    exposed_comm_s: float = Field(description="starting collectives and waiting for them, and so for ranks that are late")
+
+
+class Collectives(_Model):
+    """All collectives of one kind of one rank in the marked pass."""
+
+    axis: str
+    ranks: int
+    operation: str
+    calls: int
+    bytes: int = Field(description="received, or sent to a single other rank")
+    exposed_s: float
+    alone_s: float = Field(description="what they take one after the other with nothing else going on, from one or two sizes timed outside of timed passes")
+    bytes_per_s: float = Field(description="of the larger size timed: what nccl-tests call bus bandwidth")
+
+
+class Split(_Model):
+    """How a rank spends a pass, from one that was marked: of the rank with the most work of its own, for which the others wait."""
+
+    reason: str | None = Field(None, description="why it is not known")
+    rank: int | None = None
+    step_s: float | None = None
+    compute_s: float | None = None
+    comm_s: float | None = None
+    exposed_comm_s: float | None = None
+    compute_skew: float | None = Field(None, description="the most own work of a rank over the median")
+    collectives: list[Collectives] = Field(default_factory=list)
+    ranks: list[RankTimes] = Field(default_factory=list, description="of all ranks, in order")
+
+
+class Peak(_Model):
+    """What one rank's device could compute."""
+
+    flops: float
+    source: str
+    is_limit: bool = Field(description="nothing real is above it: a data sheet's; not so a GEMM that was measured")
 
 
 class RankRecord(_Model):
@@ -85,40 +126,105 @@ class FirstToken(_Model):
     text: str | None = Field(None, description="the token as text, where the input was a prompt")
 
 
+class MemoryOwner(_Model):
+    """What memory was for: a category of what is held, or the span, operator and shape that made a tensor."""
+
+    name: str
+    bytes: int
+
+
 class Failure(_Model):
     """Where a cell failed, as far as is known."""
 
     rank: int | None = None
     log_tail: list[str] = Field(default_factory=list)
+    owners: list[MemoryOwner] = Field(default_factory=list, description="where memory ran out: who had most of it, the largest first")
 
 
-class CellResult(_Model):
-    """Everything known about one cell, all rounds together."""
+class Alternation(_Model):
+    """The cell is one of two variants (--ab) whose passes alternate: A B B A."""
+
+    variant: Literal["A", "B"]
+    setting: str = Field(description="what the variant is, as it was asked for")
+    other: str = Field(description="id of the cell of the other variant")
+    rounds: list[int | None] = Field(default_factory=list, description="of each list of samples the round in which they alternated; null: it ran alone")
+    ratio: float | None = Field(None, description="of B: its time over that of A, the median over the blocks A B B A")
+    ratio_ci95: tuple[float, float] | None = Field(None, description="interval of that median; null under 5 blocks")
+    blocks: int = 0
+
+
+class Projection(_Model):
+    """What a projection rests on. Its values are metrics whose names begin with `projected_`."""
+
+    hardware: str = Field(description="name of the device profile")
+    title: str
+    compute: str = Field(description="where seconds of work come from: looked up in the profile, or measured on a device")
+    links: str = Field(description="where seconds of transfers come from")
+    ranks_simulated: int = Field(description="ranks whose programs differ; each stands for those that are like it")
+    gpus_per_node: int
+    band: tuple[float, float] = Field(
+        description="seconds, if links are fast and disturb nothing, and if they are slow, disturb twice as much, and ranks are late"
+    )
+    band_jitter: float = Field(description="of the slow end: by what part of its work a rank may be late, one standard deviation")
+    slowest_rank: int
+    peak_rank: int
+    by_category: dict[str, int] = Field(default_factory=dict, description="bytes that are alive at the peak")
+    reserved: dict[str, int] = Field(default_factory=dict, description="bytes that libraries take beside tensors")
+    memory_bytes: int = Field(description="of one device")
+    fits: bool
+    outside: list[str] = Field(default_factory=list, description="sizes that the profile was not measured at")
+    light_binds: str | None = Field(None, description="which floor the speed of light is: compute, memory or wire")
+
+
+class ComparedCell(_Model):
+    """What a cell was and what it measured: all of it that is compared."""
 
     id: str
     key: dict[str, Any]
     status: Status
     reason: str | None = None
     world_size: int = 1
-    tokens_per_rank: int | None = None
     oversubscribed: bool = False
-    cp_active: bool = Field(True, description="false where the batch was too short, so that every context-parallel rank computed all of it")
-    cp_off_reason: str | None = None
-    threads_per_rank: int | None = None
     kernel: str | None = Field(None, description="the kernel that was dispatched")
     metrics: dict[str, Metric] = Field(default_factory=dict)
     first_call_s: float | None = None
     memory: Memory | None = None
-    ranks: list[RankRecord] = Field(default_factory=list)
     traffic: dict[str, Any] = Field(default_factory=dict, description="predicted and recorded, of the rank that receives most")
+    peak: Peak | None = None
+    clocks: Clocks = Field(default_factory=Clocks, description="clocks and load while each round was timed")
+    ab: Alternation | None = None
+    numerics: Numerics | None = None
+    profile: Profile | None = None
+
+    @field_validator("key")
+    @classmethod
+    def _key_can_be_read(cls, key: dict[str, Any]) -> dict[str, Any]:
+        """What tables and frames compute with; everything else of a key is only shown."""
+        for name in ("lengths", "prefixes"):
+            values = key.get(name, [])
+            if not isinstance(values, list) or any(type(value) is not int or not 0 <= value <= MAX_TOKENS for value in values):
+                raise ValueError(f"{name} must be a list of whole numbers up to {MAX_TOKENS:,}")
+        if not isinstance(key.get("options", {}), dict):
+            raise ValueError("options must be an object")
+        return key
+
+
+class CellResult(ComparedCell):
+    """Everything known about one cell, all rounds together."""
+
+    tokens_per_rank: int | None = None
+    cp_active: bool = Field(True, description="false where the batch was too short, so that every context-parallel rank computed all of it")
+    cp_off_reason: str | None = None
+    threads_per_rank: int | None = None
+    ranks: list[RankRecord] = Field(default_factory=list)
+    split: Split | None = Field(None, description="compute, communication, and what of it is exposed; of the latest round")
     experts: dict[str, Any] = Field(
         default_factory=dict, description="of a model with experts: rows of each expert and rank in a pass, and the worst imbalance"
     )
-    clocks: dict[str, Any] = Field(default_factory=dict)
-    numerics: Numerics | None = None
     first_tokens: list[FirstToken] = Field(default_factory=list)
     failure: Failure | None = None
-    artifacts: list[str] = Field(default_factory=list)
+    projection: Projection | None = None
+    artifacts: list[str] = Field(default_factory=list, description="files of this cell, relative to the result file")
     warnings: list[str] = Field(default_factory=list)
 
 
@@ -133,114 +239,37 @@ class Run(_Model):
     started: str
     ended: str | None = None
     complete: bool = False
+    kind: RunKind = Field(
+        "sweep",
+        description="profile: one cell, which was traced too; maxseq: cells are trials of lengths, and nothing was timed; projection: of other devices",
+    )
     cpbench_version: str
     git: str | None = None
 
 
-class ResultFile(_Model):
-    """One run. Field `schema` says that it is one."""
+class RunFile(_Model):
+    """A result file without its cells."""
 
     schema_name: Literal["cpbench.result"] = Field(SCHEMA, alias="schema")
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(SCHEMA_VERSION, strict=True)
     run: Run
     environment: dict[str, Any]
-    cells: list[CellResult]
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
+
+
+class ResultFile(RunFile):
+    """One run. Field `schema` says that it is one."""
+
+    cells: list[CellResult]
 
     def cell(self, cell_id: str) -> CellResult | None:
         return next((cell for cell in self.cells if cell.id == cell_id), None)
 
 
-def read(path: str | Path) -> ResultFile:
-    """Read a result file or a journal. Raises CpbenchError (exit code 4) for anything that is not one."""
-    file = Path(path)
-    text = read_text(file)
-    try:
-        data = _fold(text) if file.suffix == ".jsonl" else json.loads(text)
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        hint = f"It was cut or is not from cpbench; a journal beside it ({file.stem}.jsonl) may hold the data."
-        raise CpbenchError(f"{file} is not a complete JSON file.", hint, UNREADABLE) from error
-    return checked(data, file, ResultFile, SCHEMA, SCHEMA_VERSION)
-
-
-def read_text(file: Path) -> str:
-    """A file of cpbench's as it is, if it is not too large. Raises CpbenchError (exit code 4) where it cannot be read."""
-    try:
-        size = file.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise CpbenchError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB.", "A result file is a few megabytes: is this the right file?", UNREADABLE)
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CpbenchError(f"{file} does not exist.", _nearest_file(file), UNREADABLE) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CpbenchError(f"{file} cannot be read.", f"{error}", UNREADABLE) from error
-
-
-def load(pattern: str | Path | Iterable[str | Path]) -> list[ResultFile]:
-    """Read all files that match a glob pattern (or the given paths), in name order."""
-    patterns = [pattern] if isinstance(pattern, str | Path) else list(pattern)
-    paths = sorted({path for item in patterns for path in (glob(str(item)) or [str(item)])})  # noqa: PTH207 - patterns may be absolute
-    return [read(path) for path in paths]
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a result file; `python -m cpbench.results` prints it, and results/schema.json is that."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **ResultFile.model_json_schema(by_alias=True)}
-
-
-def checked(data: Any, file: Path, model: type[Stored], schema: str, version: int) -> Stored:
-    """The content of a file as its model. Raises CpbenchError (exit code 4) where it is of another schema, or breaks it."""
-    kind = schema.removeprefix("cpbench.")
-    if not isinstance(data, dict) or data.get("schema") != schema:
-        raise CpbenchError(f"{file} is not a cpbench {kind}.", f'A {kind} has "schema": "{schema}" at its top.', UNREADABLE)
-    found = data.get("schema_version")
-    if not isinstance(found, int) or found > version:
-        raise CpbenchError(f"{file} has schema version {found!r}; this cpbench reads up to {version}.", "Install a newer cpbench.", UNREADABLE)
-    try:
-        return model.model_validate(data)
-    except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("?",), "msg": "too deeply nested"}
-        where = ".".join(str(part) for part in first["loc"])
-        raise CpbenchError(f"{file} breaks the {kind} schema at {where}: {first['msg']}.", "The file was edited or damaged.", UNREADABLE) from error
-
-
-def _fold(text: str) -> dict[str, Any]:
-    """Journal lines -> the dictionary of a result file. A last line that was cut short is ignored: it was never finished."""
-    lines = text.splitlines()
-    entries = []
-    for number, line in enumerate(lines):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            if number + 1 < len(lines):
-                raise
-    data: dict[str, Any] = {}
-    cells: dict[str, Any] = {}
-    for entry in entries:
-        kind = entry["type"]
-        if kind == "header":
-            data.update(entry["result"])
-        elif kind == "environment":
-            data["environment"] = entry["environment"]
-        elif kind == "run":
-            data["run"] = entry["run"]
-        elif kind == "cell":
-            cells[entry["cell"]["id"]] = entry["cell"]
-    if not data:
-        raise ValueError("no header")
-    return {**data, "cells": list(cells.values())}
-
-
-def _nearest_file(file: Path) -> str:
-    import difflib
-
-    try:
-        names = [path.name for path in file.parent.iterdir() if path.suffix in (".json", ".jsonl")]
-    except OSError:
-        names = []
-    near = difflib.get_close_matches(file.name, names, n=1, cutoff=0.0)
-    return f"The nearest file there is {file.parent / near[0]}." if near else "cpbench sweep writes results/<name>-<time>.json."
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 
 from cpbench.environment import Machine, capture, check_same
 from cpbench.errors import UNREADABLE, CpbenchError, unknown
-from cpbench.results import FAILED, ResultFile, read
+from cpbench.reading import read
+from cpbench.results import FAILED, ResultFile
 from cpbench.scenario import Scenario, parse_scenario
 
 RESULTS = Path("results")
@@ -22,13 +23,16 @@ def find(output: Path | None) -> tuple[Path, ResultFile]:
     Raises CpbenchError (exit code 2 where there is nothing to continue, 4 where the file cannot be read).
     """
     if output is not None:
-        return output.with_suffix(".json"), read(_newest_form(output))
+        named = read(_newest_form(output))
+        if named.run.kind != "sweep":
+            raise CpbenchError(f"{output} is of {named.run.kind}, which is not continued.", f"Run cpbench {named.run.kind} again, with another file.")
+        return output.with_suffix(".json"), named
     for file in _newest_first(RESULTS):
         try:
             result = read(_newest_form(file))
         except CpbenchError:  # not a result: what to do about it is not the question here
             continue
-        if not result.run.complete:
+        if not result.run.complete and result.run.kind == "sweep":
             return file, result
     raise CpbenchError(f"There is no unfinished result in {RESULTS}/.", "Name the file to continue: cpbench sweep --resume -o FILE.")
 

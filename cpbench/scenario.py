@@ -19,7 +19,23 @@ from cpbench.batch import Batch
 from cpbench.defaults import check_names, echo_sizes, expand_strategies, fit_layers, fit_pages
 from cpbench.errors import CpbenchError, unknown
 from cpbench.experts import TRAINED, RouterRule
-from cpbench.fields import LIST, MAX_BATCH, BatchSize, Cached, Degree, LayoutName, Ratio, Seconds, Tokens, Whole, group_of_fields, readable, refuse
+from cpbench.fields import (
+    LIST,
+    MAX_BATCH,
+    BatchSize,
+    Cached,
+    Degree,
+    LayoutName,
+    Ratio,
+    Seconds,
+    Size,
+    Tokens,
+    Whole,
+    group_of_fields,
+    readable,
+    refuse,
+    settings_of,
+)
 from cpbench.units import format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -62,6 +78,7 @@ class Limits(_Model):
 
     cell_timeout: Seconds = Field(600.0, description="a cell that takes longer in one round gets the status timeout")
     budget: Seconds | None = Field(None, description="cells that do not fit into this time are skipped")
+    memory: Size | None = Field(None, description="bytes that a rank may have; on CPU live tensors are held against it in the pass that measures memory")
     start_timeout: Seconds = Field(120.0, description="time for the processes of a world size to come up")
 
 
@@ -134,6 +151,7 @@ class Scenario(_Model):
     deterministic: bool = Field(False, description="sums and products in an order that gives every layout the same bits")
     seed: Whole = Field(0, ge=0, lt=2**31, description="of weights, token ids and the order of later rounds")
     rounds: Whole = Field(1, ge=1, le=1000, description="fresh passes over all cells; 4 or more for files that will be compared")
+    ab: tuple[str, str] | None = Field(None, description="two variants whose passes alternate in one process group: field=value for each, e.g. strategy=ring")
     threads: Whole | None = Field(None, ge=1, le=4096, description="CPU threads per rank; null: cores // ranks")
     timing: Timing = Field(default_factory=Timing)
     limits: Limits = Field(default_factory=Limits)
@@ -242,12 +260,13 @@ def resolve(scenario: Scenario, machine: Machine) -> tuple[Scenario, list[str]]:
     if scenario.prompt and scenario.weights:
         scenario = scenario.model_copy(update={"batches": [_prompt_batch(scenario.prompt, scenario.weights, scenario.batches)]})
     filled: dict[str, Any] = {"device": device}
+    compared = set.intersection(*({name for name, _ in settings_of(text)} for text in scenario.ab)) if scenario.ab else set()
     notes = [] if scenario.device == device else [f"device {device}"]
     degrees = {} if scenario.layouts or scenario.gpus else DEGREE_DEFAULTS
     for field, default in {**DEVICE_DEFAULTS[device], **({} if scenario.batches else BATCH_DEFAULTS), **degrees, **COMMON_DEFAULTS}.items():
         if getattr(scenario, field) is None:
             filled[field] = copy.copy(default)
-            if field not in NO_NOTE:
+            if field not in (*NO_NOTE, *compared):
                 shown = ", ".join(map(str, default)) if isinstance(default, list) else default
                 notes.append(f"{field} {shown} (default on {device})" if field in DEVICE_DEFAULTS[device] else f"{field} {shown} (default)")
     result = scenario.model_copy(update=filled)

@@ -18,6 +18,7 @@ from cpbench.choices import ChoiceLog, Note
 from cpbench.kernels.selection import select
 from cpbench.kernels.sparse_latent import attend_selected
 from cpbench.strategies.base import ParallelAttention, in_position_order
+from cpbench.tracing.spans import KERNEL, SELECT
 from cpbench.visible import InOrder, Visible
 
 
@@ -59,7 +60,8 @@ class Collected:
         """The selected rows [n, K] of every query, by the index keys at the end of each row."""
         shape, visible, log = self.attention.context.shape, self.attention.order.visible, self.attention.log
         keys_SD = self.rows_SW[:, shape.qk_dim :]
-        ids_nK = select(index.q_nHD, index.gates_nH, keys_SD, visible, shape.top_k, self.attention.context.buffers)
+        with SELECT():
+            ids_nK = select(index.q_nHD, index.gates_nH, keys_SD, visible, shape.top_k, self.attention.context.buffers)
         if not log.watching and log.forced_LNK is None:
             return ids_nK
         first_n1 = _firsts(visible, ids_nK)
@@ -74,7 +76,8 @@ class Collected:
         """Attention of absorbed queries to their selected rows: out [n, h, R] in q's dtype."""
         context, width = self.attention.context, q_nhW.shape[2]
         blocks = self.attention.order.visible
-        return attend_selected(q_nhW, self.rows_SW[:, :width], ids_nK, blocks, context.scale, context.shape.v_dim, context.buffers)[0]
+        with KERNEL():
+            return attend_selected(q_nhW, self.rows_SW[:, :width], ids_nK, blocks, context.scale, context.shape.v_dim, context.buffers)[0]
 
     def answer(self, index: IndexQueries, q_nhW: Tensor) -> Tensor:
         """Select and attend: out [n, h, R]."""

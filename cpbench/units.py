@@ -26,8 +26,16 @@ def _split(text: str, what: str, hint: str) -> tuple[str, str]:
 
 def parse_count(text: str | int) -> int:
     """`36k` -> 36864, `1M` -> 1048576, `36_000` -> 36000. Raises CpbenchError for anything that is not a whole number."""
-    hint = "Write a whole number with an optional suffix k, M or G (binary): 36k = 36,864, 1M = 1,048,576, 36000 = 36,000."
-    number, suffix = _split(str(text), "length", hint)
+    return _whole(text, "length", "Write a whole number with an optional suffix k, M or G (binary): 36k = 36,864, 1M = 1,048,576, 36000 = 36,000.")
+
+
+def parse_bytes(text: str | int) -> int:
+    """`512M` -> 536870912, `8G`, `1.5GiB`; a plain number is bytes. Raises CpbenchError for anything that is not a whole number of bytes."""
+    return _whole(text, "size", "Write bytes with an optional suffix k, M or G (binary): 512M, 8G, 1.5GiB.")
+
+
+def _whole(text: str | int, what: str, hint: str) -> int:
+    number, suffix = _split(str(text), what, hint)
     suffix = suffix.removesuffix("ib").removesuffix("b") if suffix not in COUNT_SUFFIXES else suffix
     if suffix not in COUNT_SUFFIXES:
         raise CpbenchError(f"{text!r} has the unknown suffix {suffix!r}.", hint)
@@ -51,7 +59,8 @@ def parse_seconds(text: str | int | float) -> float:
 def parse_fraction(text: str | float) -> float:
     """`2%` -> 0.02; a plain number is the fraction itself. Raises CpbenchError outside [0, 1]."""
     hint = "Write a percentage such as 2%, or a fraction such as 0.02."
-    number, suffix = _split(str(text), "percentage", hint)
+    plain = f"{text:.12f}" if isinstance(text, float) else str(text)  # a small float would be written as 1e-05
+    number, suffix = _split(plain, "percentage", hint)
     if suffix not in ("", "%"):
         raise CpbenchError(f"{text!r} has the unknown unit {suffix!r}.", hint)
     value = float(number) / (100.0 if suffix == "%" else 1.0)
@@ -65,6 +74,14 @@ def format_count(value: int) -> str:
     for suffix, factor in (("G", 1024**3), ("M", 1024**2), ("k", 1024)):
         if value >= factor and value % factor == 0:
             return f"{value // factor}{suffix}"
+    return str(value)
+
+
+def format_tokens(value: int) -> str:
+    """A count that was found and not chosen, to three significant digits: 103424 -> `101k`, 1310720 -> `1.25M`; small ones as they are."""
+    for suffix, factor in (("M", 1024**2), ("k", 1024)):
+        if value >= factor:
+            return f"{_significant(value / factor)}{suffix}"
     return str(value)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cpbench.batch import Batch
 from cpbench.recommend import Advice, Candidate, advise
 from cpbench.report.rows import Group, Row
 from cpbench.units import format_bytes, format_seconds
@@ -15,10 +16,15 @@ from cpbench.units import format_bytes, format_seconds
 def advice_lines(group: Group, oversubscribed: str) -> Iterator[str]:
     """One line per batch with two layouts to choose from; `oversubscribed` marks those that are, as in the table."""
     for batch in group.batches:
-        rows = [row for row in group.rows if row.batch == batch and row.cell.status == "ok" and row.cell.cp_active]
-        advice = advise([candidate for row in rows if (candidate := _candidate(row, oversubscribed))])
+        advice = advise([candidate for _, candidate in candidates(group, batch, oversubscribed)])
         if advice:
             yield f"{batch.name}: {_sentence(advice)}"
+
+
+def candidates(group: Group, batch: Batch, oversubscribed: str) -> list[tuple[Row, Candidate]]:
+    """The rows of a batch that may be chosen."""
+    rows = [row for row in group.by_batch.get(batch, []) if row.cell.status == "ok" and row.cell.cp_active]
+    return [(row, candidate) for row in rows if (candidate := _candidate(row, oversubscribed))]
 
 
 def _candidate(row: Row, oversubscribed: str) -> Candidate | None:

@@ -44,7 +44,10 @@ def show(console: Console, view: Iterable[ConsoleRenderable | str]) -> None:
 
 def show_json(text: str) -> None:
     """Exactly this text on stdout."""
-    output().out(text, highlight=False)
+    try:
+        sys.stdout.write(f"{text}\n")  # megabytes, which rich would take apart
+    except BrokenPipeError as error:
+        raise BrokenPipeError from error  # see _Stream
 
 
 def show_error(error: CpbenchError) -> None:
@@ -57,7 +60,8 @@ def show_error(error: CpbenchError) -> None:
 
 def plain(text: str, style: str = "") -> Text:
     """Text from a file or a user: no markup, and nothing that a terminal would obey."""
-    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text), style=style)
+    shown = text if text.isprintable() else "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return Text(shown, style=style)
 
 
 def _width(terminal: bool) -> int | None:

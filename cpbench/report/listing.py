@@ -31,7 +31,8 @@ from cpbench.strategies import STRATEGIES
 from cpbench.units import format_bytes
 
 Justify = Literal["left", "right"]
-PLANNED: tuple[str | tuple[str, Justify], ...] = (("tokens\n/rank", "right"), ("est. time", "right"), ("est. mem\n/rank", "right"), "note")
+TOKENS: tuple[str, Justify] = ("tokens\n/rank", "right")
+MEMORY: tuple[str, Justify] = ("est. mem\n/rank", "right")
 
 
 def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Machine) -> list[str]:
@@ -45,17 +46,24 @@ def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Mac
         f"{scenario.target} of {scenario.model} on {scenario.device}: {describe(machine)}",
         *(f"  {note}" for note in notes),
         *(f"  {line}" for line in _left_out(plan)),
+        *([_pairs(plan)] if plan.pairs else []),
         *(f"  in {_cells(count)} {reason}" for reason, count in Counter(p.cell.cp_off for p in plan.runnable if p.cell.cp_off).items()),
         f"{cells}{rounds}, world sizes {sizes}: about {rough_seconds(plan.seconds)}, up to {format_bytes(memory)} per rank",
     ]
 
 
-def plan_view(plan: Plan, machine: Machine) -> list[ConsoleRenderable | str]:
-    """Every cell with estimates of its time and memory, and below why some will not run or may fail. What all share is in the echo."""
+def _pairs(plan: Plan) -> str:
+    a, b = plan.pairs[0].settings
+    return f"  {'1 pair' if len(plan.pairs) == 1 else f'{len(plan.pairs)} pairs'} of variants, whose passes alternate A B B A: A {a}, B {b}"
+
+
+def plan_view(plan: Plan, machine: Machine, *, timed: bool = True) -> list[ConsoleRenderable | str]:
+    """Every cell with estimates of its time, if it is `timed`, and memory, and below why some will not run or may fail. What all share is in the echo."""
     batches = {Batch(planned.cell.lengths, planned.cell.prefixes) for planned in plan.cells}
     varying: list[tuple[str, Justify]] = [("seq", "right")] if len({batch.exact for batch in batches}) > 1 else []
     varying += [("batch", "right")] if len({len(batch.lengths) for batch in batches}) > 1 else []
-    table = _table(("#", "right"), "layout", "strategy", "partition", *varying, *PLANNED)
+    seconds: list[tuple[str, Justify]] = [("est. time", "right")] if timed else []
+    table = _table(("#", "right"), "layout", "strategy", "partition", *varying, TOKENS, *seconds, MEMORY, "note")
     reasons: dict[str, list[str]] = {}
     for number, planned in enumerate(plan.cells, 1):
         cell, runs = planned.cell, planned.status is None
@@ -69,7 +77,7 @@ def plan_view(plan: Plan, machine: Machine) -> list[ConsoleRenderable | str]:
             cell.partition,
             *({"seq": Batch(cell.lengths, cell.prefixes).label, "batch": str(len(cell.lengths))}[column[0]] for column in varying),
             f"{cell.max_rows:,}" if runs else "-",
-            rough_seconds(planned.seconds) if runs else "-",
+            *([rough_seconds(planned.seconds) if runs else "-"] if timed else []),
             format_bytes(planned.live_bytes) if runs else "-",
             ", ".join(note for note, _ in notes),
             style="" if runs else "dim",

@@ -9,16 +9,17 @@ can really use: GPUs, or cores on a CPU.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from cpbench.batch import Batch
 from cpbench.cell import VARIANTS, algorithm
 from cpbench.errors import CpbenchError
 from cpbench.layout import Layout
-from cpbench.records import TIME_METRIC
-from cpbench.results import CellResult, Metric
+from cpbench.records import time_of
+from cpbench.results import CellResult, ComparedCell, Metric
 
 OWN = (*VARIANTS, "sp_chunks", "sp_gather", "sp_fused")  # options that only one strategy or some layouts have, so that they do not part a table
 
@@ -38,6 +39,8 @@ class Row:
     balance: float | None
     memory_bytes: int | None
     received_bytes: int | None
+    exposed: float | None = None  # part of the marked pass in which the rank with the most work did none
+    light: float | None = None  # the least time that its devices could take, over the time
 
     @property
     def label(self) -> str:
@@ -58,18 +61,33 @@ class Group:
 
     common: dict[str, Any]
     rows: tuple[Row, ...]
+    hidden: tuple[Row, ...] = ()  # that a filter leaves out, and others are compared with
+
+    @cached_property
+    def by_batch(self) -> dict[Batch, list[Row]]:
+        """The rows of every batch, in the order of their first rows."""
+        found: dict[Batch, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.batch, []).append(row)
+        return found
 
     @property
     def batches(self) -> list[Batch]:
-        """Every batch of the group, in the order of its first row."""
-        return list(dict.fromkeys(row.batch for row in self.rows))
+        return list(self.by_batch)
 
     @property
     def partitions(self) -> set[str]:
         return {str(row.cell.key.get("partition")) for row in self.rows}
 
-    def baseline(self, batch: Batch) -> Row | None:
-        return next((row for row in self.rows if row.batch == batch and row.is_baseline), None)
+    @cached_property
+    def baselines(self) -> dict[Batch, Row]:
+        """What each batch is compared with, shown or hidden; nothing where none has a time."""
+        return {row.batch: row for row in (*self.hidden, *self.rows) if row.is_baseline}
+
+    def only(self, kept: Collection[str]) -> Group:
+        """With the rows of these cells; the others are hidden."""
+        shown = tuple(row for row in self.rows if row.cell.id in kept)
+        return replace(self, rows=shown, hidden=tuple(row for row in self.rows if row.cell.id not in kept))
 
 
 def group_rows(cells: Iterable[CellResult], cores: int | None) -> list[Group]:
@@ -80,11 +98,6 @@ def group_rows(cells: Iterable[CellResult], cores: int | None) -> list[Group]:
     return [Group(_common(members[0]), tuple(_rows(members, cores))) for members in groups.values()]
 
 
-def time_of(cell: CellResult) -> Metric | None:
-    """The metric that the target is about: TTFT, or the time of a layer or of the attention."""
-    return next((cell.metrics[name] for name in TIME_METRIC.values() if name in cell.metrics), None)
-
-
 def _common(cell: CellResult) -> dict[str, Any]:
     varying = ("layout", "strategy", "partition", "lengths", "prefixes")
     common = {name: value for name, value in cell.key.items() if name not in varying}
@@ -92,19 +105,19 @@ def _common(cell: CellResult) -> dict[str, Any]:
     return {**common, "options": {name: value for name, value in options.items() if name not in OWN}} if isinstance(options, dict) else common
 
 
-def _batch(cell: CellResult) -> Batch:
+def batch_of(cell: ComparedCell) -> Batch:
     """The batch of a key; prefixes that do not pair up with the lengths, in a file that was edited, are left out."""
     lengths, prefixes = (tuple(int(n) for n in cell.key.get(name) or ()) for name in ("lengths", "prefixes"))
     return Batch(lengths, prefixes if len(prefixes) == len(lengths) else ())
 
 
-def _strategy(cell: CellResult) -> str:
+def strategy_of(cell: ComparedCell) -> str:
     """`ring`; `allgather/2` where K and V travel in two groups of heads, `local-map/inductor` where it is compiled."""
     options = cell.key.get("options")
     return algorithm(str(cell.key.get("strategy", "?")), options if isinstance(options, dict) else {})
 
 
-def _layout(cell: CellResult) -> str:
+def layout_of(cell: ComparedCell) -> str:
     """`tp4sp`; `tp4sp latent` where rows are gathered behind low-rank projections, `tp4sp x4` where they travel in four pieces."""
     options = cell.key.get("options")
     found = options if isinstance(options, dict) else {}
@@ -114,12 +127,11 @@ def _layout(cell: CellResult) -> str:
 
 def _rows(cells: Sequence[CellResult], cores: int | None) -> list[Row]:
     """By batch, then as they come."""
-    rows = []
-    for batch in dict.fromkeys(map(_batch, cells)):
-        same = [cell for cell in cells if _batch(cell) == batch]
-        baseline = _baseline(same)
-        rows += [_row(cell, baseline, cores) for cell in same]
-    return rows
+    batches: dict[Batch, list[CellResult]] = {}
+    for cell in cells:
+        batches.setdefault(batch_of(cell), []).append(cell)
+    baselines = {batch: _baseline(same) for batch, same in batches.items()}
+    return [_row(cell, batch, baselines[batch], cores) for batch, same in batches.items() for cell in same]
 
 
 def _baseline(cells: Sequence[CellResult]) -> CellResult | None:
@@ -128,15 +140,15 @@ def _baseline(cells: Sequence[CellResult]) -> CellResult | None:
     return min(timed, key=lambda cell: (cell.world_size, _context_parallel(cell)), default=None)
 
 
-def _row(cell: CellResult, baseline: CellResult | None, cores: int | None) -> Row:
+def _row(cell: CellResult, batch: Batch, baseline: CellResult | None, cores: int | None) -> Row:
     time, reference = time_of(cell), time_of(baseline) if baseline else None
     speed_up = reference.median / time.median if time and reference and time.median > 0 else None
     own, base = _compute(cell, cores), _compute(baseline, cores) if baseline else None
     return Row(
         cell=cell,
-        batch=_batch(cell),
-        layout=_layout(cell),
-        strategy=_strategy(cell),
+        batch=batch,
+        layout=layout_of(cell),
+        strategy=strategy_of(cell),
         time=time,
         is_baseline=cell is baseline,
         speed_up=speed_up,
@@ -144,6 +156,8 @@ def _row(cell: CellResult, baseline: CellResult | None, cores: int | None) -> Ro
         balance=_balance(cell),
         memory_bytes=_memory(cell),
         received_bytes=_whole(cell.traffic.get("bytes")),
+        exposed=_exposed(cell),
+        light=cell.metrics["light_fraction"].median if "light_fraction" in cell.metrics else None,
     )
 
 
@@ -152,6 +166,11 @@ def _compute(cell: CellResult, cores: int | None) -> int | None:
     if cell.key.get("device") != "cpu":
         return cell.world_size
     return min(cores, cell.world_size * cell.threads_per_rank) if cores and cell.threads_per_rank else None
+
+
+def _exposed(cell: CellResult) -> float | None:
+    split = cell.split
+    return split.exposed_comm_s / split.step_s if split and split.exposed_comm_s is not None and split.step_s else None
 
 
 def _balance(cell: CellResult) -> float | None:

@@ -8,70 +8,56 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleRenderable
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from cpbench.batch import Batch
 from cpbench.report.advice import advice_lines
+from cpbench.report.columns import Column, fitting
 from cpbench.report.console import plain
 from cpbench.report.rows import Group, Row, group_rows
+from cpbench.report.variants import variant_lines
 from cpbench.results import FAILED, ResultFile
+from cpbench.summary import Comparable
 from cpbench.units import format_bytes, format_count, format_seconds
 
 TIME_NAMES = {"prefill": "TTFT", "layer": "layer time", "attention": "attention time"}
 OVERSUBSCRIBED = "*"
 CP_OFF = "CP off"
 MAX_LOG_LINES = 12
-MAX_WIDTH = 1000
+MUCH_MORE_WORK = 1.25  # own work of a rank over the median
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column. Where the table is too wide, the column with the lowest `keep` goes first; None never goes."""
+def result_view(result: ResultFile, folder: Path, console: Console, kept: Collection[str] | None = None) -> list[ConsoleRenderable]:
+    """Everything that is said about a result that lies in `folder`: tables that fit the console's width, marks explained, failures with their logs.
 
-    header: str
-    text: Callable[[Row], str]
-    keep: int | None = None
-    justify: Literal["left", "right"] = "right"
-
-
-def result_view(result: ResultFile, console: Console) -> list[ConsoleRenderable]:
-    """Everything that is said about a result: tables that fit the console's width, marks explained, failures with their logs."""
-    groups = group_rows(result.cells, _cores(result.environment))
+    With `kept`, only the cells with these ids are shown. They are still compared with baselines that are not.
+    """
+    groups = group_rows(result.cells, cores_of(result.environment))
+    if kept is not None:
+        groups = [group for group in (group.only(kept) for group in groups) if group.rows]
     notes = Notes()
     view: list[ConsoleRenderable] = []
     for group in groups:
         view += [plain(title(group), "bold"), table(group, notes, console)]
     if not result.cells:
         view.append(plain("No cell has been recorded."))
-    view += [plain(line) for line in footnotes(groups, notes, _cores(result.environment))]
-    view += [line for group in groups for row in group.rows if row.cell.status in FAILED for line in _log(row)]
+    view += [plain(line) for line in footnotes(groups, notes, cores_of(result.environment))]
+    view += [line for group in groups for row in group.rows if row.cell.status in FAILED for line in _log(row, folder)]
+    view += [plain(line) for line in variant_lines(groups)]
     for group in groups:
         of = f"{title(group)}: " if len(groups) > 1 else ""
-        view += [plain(of + line) for line in advice_lines(group, OVERSUBSCRIBED)]
-    return [*view, plain(_provenance(result), "dim")]
+        view += [plain(of + "of what is shown, " * bool(group.hidden) + line) for line in advice_lines(group, OVERSUBSCRIBED)]
+    return [*view, plain(provenance(result), "dim")]
 
 
 def table(group: Group, notes: Notes, console: Console) -> Table:
     """The rows of a group. Columns that do not fit are left out, the least important first."""
-    columns = _columns(group, notes)
-    made = _table(group, columns)
-    unlimited = console.options.update(width=MAX_WIDTH)
-    droppable = sorted((column for column in columns if column.keep is not None), key=lambda column: column.keep or 0)
-    for column in droppable:
-        if Measurement.get(console, unlimited, made).maximum <= console.width:
-            break
-        columns.remove(column)
-        made = _table(group, columns)
-    return made
+    return fitting(group.rows, columns_of(group, notes), console, _style, lambda above, below: above.batch != below.batch)
 
 
 class Notes:
@@ -90,11 +76,15 @@ class Notes:
         return " ".join([*([OVERSUBSCRIBED] if cell.oversubscribed else []), *([CP_OFF] if off else []), *numbers])
 
 
-def _columns(group: Group, notes: Notes) -> list[Column]:
+def _style(row: Row) -> str:
+    return "" if row.cell.status == "ok" else "dim" if row.cell.status not in FAILED else "red"
+
+
+def columns_of(group: Group, notes: Notes) -> list[Column[Row]]:
     batches = group.batches
     seqs, counts = {batch.exact for batch in batches}, {len(batch.lengths) for batch in batches}
     time = TIME_NAMES.get(str(group.common.get("target")), "time")
-    columns = [
+    columns: list[Column[Row]] = [
         Column("layout", lambda row: row.layout, justify="left"),
         Column("strategy", lambda row: row.strategy, justify="left"),
         Column("partition", lambda row: str(row.cell.key.get("partition")), keep=0, justify="left"),
@@ -109,6 +99,10 @@ def _columns(group: Group, notes: Notes) -> list[Column]:
         Column("received\n/rank", lambda row: format_bytes(row.received_bytes), keep=6),
         Column("error\nratio", lambda row: _ratio(row.cell.numerics.ratio if row.cell.numerics else None), keep=4),
     ]
+    if any(row.exposed is not None for row in group.rows):
+        columns.insert(-2, Column("exposed\ncomm", lambda row: _percent(row.exposed, digits=0), keep=10))
+    if any(row.light is not None for row in group.rows):
+        columns.insert(-2, Column("speed\nof light", lambda row: _percent(row.light, digits=0), keep=5))
     if len(counts) > 1:
         columns.insert(0, Column("batch", lambda row: str(len(row.batch.lengths))))
     if len(seqs) > 1:
@@ -119,20 +113,6 @@ def _columns(group: Group, notes: Notes) -> list[Column]:
     if any(marks.values()):
         columns.append(Column("notes", lambda row: marks[row.cell.id], justify="left"))
     return columns
-
-
-def _table(group: Group, columns: Sequence[Column]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column.header, justify=column.justify, no_wrap=True, vertical="bottom")
-    previous: Batch | None = None
-    for row in group.rows:
-        if previous is not None and row.batch != previous:
-            made.add_section()
-        previous = row.batch
-        style = "" if row.cell.status == "ok" else "dim" if row.cell.status not in FAILED else "red"
-        made.add_row(*(plain(column.text(row)) for column in columns), style=style)
-    return made
 
 
 def title(group: Group) -> str:
@@ -165,19 +145,32 @@ def footnotes(groups: Iterable[Group], notes: Notes, cores: int | None) -> Itera
     """The lines below the tables: baselines that are not cp1, marks, and the reason of every cell that is not ok."""
     groups = list(groups)
     for group in groups:
-        for batch in group.batches:
-            baseline = group.baseline(batch)
-            if baseline and baseline.layout != "cp1":
-                yield f"{batch.label}: cp1 has no result; speed-up and efficiency compare with {baseline.label}."
+        for batch, rows in group.by_batch.items():
+            baseline = group.baselines.get(batch)
+            others = [row for row in rows if not row.is_baseline]
+            why = ["cp1 has no result;"] * (baseline is not None and baseline.layout != "cp1")
+            hidden = ", which the filter leaves out" if baseline in group.hidden else ""
+            if baseline and (why or hidden) and others:
+                yield f"{batch.label}: {' '.join([*why, 'speed-up and efficiency compare with'])} {baseline.label}{hidden}."
     if any(row.cell.oversubscribed for group in groups for row in group.rows):
         on = f"the {cores} cores" if cores else "the cores"
         yield f"{OVERSUBSCRIBED}: oversubscribed, more threads than cores. Efficiency compares with what {on} could do, not the ranks."
     yield from (f"{number}: {text}" for number, text in enumerate(notes.texts, 1))
     yield from _continuations(groups)
     for group in groups:
+        yield from (f"{row_label(row, group)}: {text}" for row in group.rows if (text := _slow_rank(row)))
+    for group in groups:
         for row in group.rows:
             if row.cell.status != "ok":
                 yield f"{row_label(row, group)}: {row.cell.status}: {row.cell.reason or 'no reason recorded'}"
+
+
+def _slow_rank(row: Row) -> str | None:
+    """Which rank the others wait for, where it has much more to do."""
+    split = row.cell.split
+    if split is None or split.compute_skew is None or split.compute_skew < MUCH_MORE_WORK:
+        return None
+    return f"rank {split.rank} computes {split.compute_skew:.2f} times as long as the median rank, and the others wait for it."
 
 
 def _continuations(groups: Iterable[Group]) -> Iterator[str]:
@@ -202,7 +195,9 @@ def closing_lines(result: ResultFile, file: Path) -> list[str]:
     name = shlex.quote(str(file))
     failed = [status for status in FAILED if status != "interrupted" and any(cell.status == status for cell in result.cells)]
     lines = [f"Result: {file}"]
-    if not result.run.complete:
+    if result.run.kind == "profile" and (failed or not result.run.complete):
+        lines.append("Profile it again with another file, which -o names.")
+    elif not result.run.complete:
         lines.append(f"Continue with: cpbench sweep --resume -o {name}")
     elif failed:
         lines.append(f"Try the failed cells again with: cpbench sweep --resume --retry {','.join(failed)} -o {name}")
@@ -216,15 +211,17 @@ def rough_seconds(seconds: float) -> str:
     return format_seconds(seconds) if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def _log(row: Row) -> Iterator[Text]:
+def _log(row: Row, folder: Path) -> Iterator[Text]:
     failure = row.cell.failure
-    if failure and failure.log_tail:
+    if failure and failure.owners:  # the reason says all that a traceback could
+        yield from (plain(f"{row.label}: memory until then: {folder / file}") for file in row.cell.artifacts if file.endswith(".svg"))
+    elif failure and failure.log_tail:
         rank = f" of rank {failure.rank}" if failure.rank is not None else ""
         yield plain(f"{row.label}: the end of the log{rank}:")
         yield from (plain(f"  {line}", "dim") for line in failure.log_tail[-MAX_LOG_LINES:])
 
 
-def _provenance(result: ResultFile) -> str:
+def provenance(result: Comparable) -> str:
     """Which software on which machine, when; the device as the file describes it."""
     environment = result.environment
     packages = environment.get("packages")
@@ -238,7 +235,8 @@ def _provenance(result: ResultFile) -> str:
     return f"{result.run.name}, {result.run.started}: cpbench {result.run.cpbench_version}, torch {torch or '?'}, {machine}{state}"
 
 
-def _cores(environment: dict[str, Any]) -> int | None:
+def cores_of(environment: dict[str, Any]) -> int | None:
+    """Cores that the run could use; None where the file does not say."""
     cores = environment.get("cores")
     return cores if isinstance(cores, int) and cores > 0 else None
 

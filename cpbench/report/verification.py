@@ -8,38 +8,24 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleRenderable
 from rich.live import Live
-from rich.measure import Measurement
-from rich.table import Table
 
 from cpbench.batch import Batch
 from cpbench.cell import Cell
 from cpbench.kernels import kernel_of
 from cpbench.numerics import Check
+from cpbench.report.columns import Column, fitting
 from cpbench.report.console import plain
-from cpbench.report.table import MAX_WIDTH
 from cpbench.units import format_count
 from cpbench.verify import Row
 
 HEARTBEAT_SECONDS = 15.0
 MARK = "*"
 STYLES = {"ok": "", "off": "", "wrong": "red", "skipped": "dim"}
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One column. Where a table is too wide, the one with the lowest `keep` goes first; None never goes."""
-
-    header: str
-    text: Callable[[Row], str]
-    keep: int | None = None
-    right: bool = True
 
 
 def header(entries: Sequence[Cell | Row], device: str) -> str:
@@ -54,7 +40,7 @@ def verification_view(rows: Sequence[Row], console: Console, interrupted: bool =
     """Tables that fit the console's width, and the reason of every row that is not simply right."""
     view: list[ConsoleRenderable] = []
     for title, group in groupby(rows, key=lambda row: title_of(row.cell)):
-        view += [plain(title, "bold"), _fitting(list(group), console), plain("")]
+        view += [plain(title, "bold"), fitting(list(group), COLUMNS, console, lambda row: STYLES[row.verdict]), plain("")]
     view += [plain(line) for line in _notes(rows)]
     return [*view, *(plain(line, "red") for line in wrong_lines(rows)), plain(summary(rows, interrupted), "bold")]
 
@@ -72,7 +58,7 @@ def wrong_lines(rows: Iterable[Row]) -> Iterator[str]:
     """One line for every wrong row: which, and why."""
     for row in rows:
         if row.verdict == "wrong":
-            yield f"wrong: {row.cell.layout} {_strategy(row)} {row.cell.partition}, {title_of(row.cell)}: {row.reason}"
+            yield f"wrong: {row.cell.layout} {row.cell.algorithm} {row.cell.partition}, {title_of(row.cell)}: {row.reason}"
 
 
 def summary(rows: Sequence[Row], interrupted: bool = False) -> str:
@@ -113,27 +99,22 @@ def _row_json(row: Row) -> dict[str, Any]:
     return data
 
 
-def _strategy(row: Row) -> str:
-    """`allgather/2` where K and V travel in two groups of heads."""
-    return row.cell.algorithm
-
-
 def _check(row: Row) -> Check:
     return row.check or Check(False, None)
 
 
-COLUMNS = (
-    _Column("layout", lambda row: str(row.cell.layout), right=False),
-    _Column("strategy", _strategy, right=False),
-    _Column("partition", lambda row: row.cell.partition, right=False),
-    _Column("relative\nRMSE", lambda row: _error(_check(row).relative_rmse)),
-    _Column("ratio", lambda row: _ratio(_check(row).ratio)),
-    _Column("max\nerror", lambda row: _error(_check(row).max_error), 1),
-    _Column("finite", lambda row: _yes(_check(row).finite), 0),
-    _Column("bitwise\nequal", lambda row: _yes(_check(row).bitwise_equal), 2),
-    _Column("remote\nused", lambda row: _yes(_check(row).remote_tokens_used), 3),
-    _Column("collec-\ntives", collectives),
-    _Column("verdict", lambda row: row.verdict, right=False),
+COLUMNS: tuple[Column[Row], ...] = (
+    Column("layout", lambda row: str(row.cell.layout), justify="left"),
+    Column("strategy", lambda row: row.cell.algorithm, justify="left"),
+    Column("partition", lambda row: row.cell.partition, justify="left"),
+    Column("relative\nRMSE", lambda row: _error(_check(row).relative_rmse)),
+    Column("ratio", lambda row: _ratio(_check(row).ratio)),
+    Column("max\nerror", lambda row: _error(_check(row).max_error), 1),
+    Column("finite", lambda row: _yes(_check(row).finite), 0),
+    Column("bitwise\nequal", lambda row: _yes(_check(row).bitwise_equal), 2),
+    Column("remote\nused", lambda row: _yes(_check(row).remote_tokens_used), 3),
+    Column("collec-\ntives", collectives),
+    Column("verdict", lambda row: row.verdict, justify="left"),
 )
 
 
@@ -170,27 +151,6 @@ class Progress:
         self._wrong += row.verdict == "wrong"
         if row.verdict == "wrong" and not self._quiet:
             (self._live.console if self._live else self._console).print(plain(next(wrong_lines([row])), "red"), soft_wrap=True)
-
-
-def _fitting(rows: Sequence[Row], console: Console) -> Table:
-    """The rows in the columns that the console has room for."""
-    columns, unlimited = list(COLUMNS), console.options.update(width=MAX_WIDTH)
-    made = _table(rows, columns)
-    for column in sorted((column for column in COLUMNS if column.keep is not None), key=lambda column: column.keep or 0):
-        if Measurement.get(console, unlimited, made).maximum <= console.width:
-            break
-        columns.remove(column)
-        made = _table(rows, columns)
-    return made
-
-
-def _table(rows: Sequence[Row], columns: Sequence[_Column]) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column.header, justify="right" if column.right else "left", no_wrap=True, vertical="bottom")
-    for row in rows:
-        made.add_row(*(plain(column.text(row)) for column in columns), style=STYLES[row.verdict])
-    return made
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
