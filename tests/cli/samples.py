@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpbench.ab import alternations, with_ratio, with_rounds
 from cpbench.cell import Cell
 from cpbench.formulas import new_rows, score_pairs, traffic
 from cpbench.layout import AXES, Layout
 from cpbench.models.presets import PRESETS
+from cpbench.pairing import Pair
 from cpbench.records import merge_record, not_measured
 from cpbench.results import CellResult, Failure, ResultFile, Run
 from cpbench.strategies import STRATEGIES
@@ -33,8 +35,10 @@ def make_cell(layout: str, strategy: str, seq: int = SEQ, batch: int = 1, **chan
     return Cell(**{**fields, **changes})
 
 
-def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio: float = 1.02, warnings: tuple[str, ...] = ()) -> CellResult:
-    """A cell that ended well, with `samples` in seconds."""
+def measured(
+    cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio: float = 1.02, warnings: tuple[str, ...] = (), skew: float = 1.02
+) -> CellResult:
+    """A cell that ended well, with `samples` in seconds; the last rank has `skew` times the work of the median one."""
     ranks = range(cell.world_size)
     received = [traffic(cell, rank).bytes for rank in ranks]
     record = {
@@ -58,6 +62,7 @@ def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio
             for rank in ranks
         ],
         "traffic": {"bytes": max(received), "calls": 4},
+        "split": _split(samples[0], cell.world_size, skew),
         "cp_active": cell.cp_off is None,
         "cp_off_reason": cell.cp_off,
         "numerics": {"ratio": ratio, "relative_rmse": 3e-7, "limit": "1.3", "remote_tokens_used": True, "tokens": 96},
@@ -65,6 +70,15 @@ def measured(cell: Cell, samples: list[float], *, memory: int = 268 << 20, ratio
         "warnings": list(warnings),
     }
     return merge_record(cell, None, record)
+
+
+def _split(seconds: float, ranks: int, skew: float) -> dict[str, Any]:
+    """A tenth of the pass is exposed where there are several ranks."""
+    exposed = 0.0 if ranks == 1 else seconds / 10
+    times = {"step_s": seconds, "compute_s": seconds - exposed, "comm_s": 2 * exposed, "exposed_comm_s": exposed}
+    kind = {"axis": "cp", "ranks": ranks, "operation": "send_recv", "calls": 3, "bytes": 9 << 20, "exposed_s": exposed, "alone_s": exposed, "bytes_per_s": 9e8}
+    found = {"rank": ranks - 1, "compute_skew": 1.0 if ranks == 1 else skew, "ranks": [times] * ranks}
+    return {**times, **found, "collectives": [kind] if ranks > 1 else []}
 
 
 def result(cells: list[CellResult], *, complete: bool = True, device: str = "cpu") -> ResultFile:
@@ -127,7 +141,7 @@ def on_gpus() -> ResultFile:
         [
             measured(make_cell("tp2", "none", **changes), [0.0214, 0.0213, 0.0215, 0.0214, 0.0214], memory=3 << 30),
             measured(make_cell("cp2tp2", "ring", **changes), [0.0112, 0.0111, 0.0113, 0.0111, 0.0112], memory=2 << 30),
-            measured(make_cell("cp4tp2", "ring", **changes), [0.0061, 0.006, 0.0061, 0.0062, 0.006], memory=1 << 30),
+            measured(make_cell("cp4tp2", "ring", **changes), [0.0061, 0.006, 0.0061, 0.0062, 0.006], memory=1 << 30, skew=1.31),
         ],
         device="cuda",
     )
@@ -147,3 +161,17 @@ def batches() -> ResultFile:
             measured(make_cell("cp4", "ring", **short), [0.019, 0.018, 0.019], memory=30 << 20),
         ]
     )
+
+
+def variants() -> ResultFile:
+    """Three pairs whose passes alternated: enough blocks for an interval, one block, and a variant that failed."""
+    cells: list[CellResult] = []
+    for seq, seconds in ((SEQ, [4.6, 4.5, 4.62, 4.58, 4.7, 4.52] * 2), (2 * SEQ, [18.2, 18.4]), (4 * SEQ, [73.0, 73.4])):
+        pair = Pair(make_cell("cp2", "ring", seq), make_cell("cp2", "allgather", seq), ("strategy=ring", "strategy=allgather"))
+        known = alternations([pair])
+        a = with_rounds(measured(pair.a, seconds), known[pair.a.id], 0)
+        b = with_rounds(measured(pair.b, [0.93 * sample for sample in reversed(seconds)]), known[pair.b.id], 0)
+        cells += [a, with_ratio(b, a)]
+    cells[-1] = not_measured(pair.b, "oom", "DefaultCPUAllocator: can't allocate memory").model_copy(update={"ab": known[pair.b.id]})
+    cells[0].warnings += ["other processes used 0.7 of 2 cores"]
+    return result(cells)

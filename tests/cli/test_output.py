@@ -10,13 +10,14 @@ import pytest
 import cpbench.doctor
 from cpbench.doctor import Finding
 from cpbench.environment import Machine
-from cpbench.results import ResultFile, read
+from cpbench.reading import read
+from cpbench.results import ResultFile
 from cpbench.strategies import STRATEGIES
 
 from . import samples
 from .conftest import CUDA, Cpbench, Golden, Pretend
 
-SAMPLES = {"healthy": samples.healthy, "troubled": samples.troubled, "on_gpus": samples.on_gpus, "batches": samples.batches}
+SAMPLES = {"healthy": samples.healthy, "troubled": samples.troubled, "on_gpus": samples.on_gpus, "batches": samples.batches, "variants": samples.variants}
 
 
 def write(result: ResultFile, file: Path) -> Path:
@@ -24,7 +25,7 @@ def write(result: ResultFile, file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("command", ["", "sweep", "show", "list", "doctor"])
+@pytest.mark.parametrize("command", ["", "sweep", "profile", "show", "upgrade", "list", "doctor"])
 def test_help(command: str, cpbench_command: Cpbench, golden: Golden) -> None:
     ran = cpbench_command(*command.split(), "--help")
     assert (ran.code, ran.err) == (0, "")

@@ -6,7 +6,8 @@ import pytest
 
 from cpbench.records import not_measured
 from cpbench.report.rows import group_rows
-from cpbench.results import CellResult
+from cpbench.report.table import Notes, columns_of
+from cpbench.results import CellResult, Metric
 
 from .samples import CORES, make_cell, measured
 
@@ -128,3 +129,14 @@ def test_how_rows_that_are_cut_over_tp_travel_stands_with_the_layout() -> None:
 def test_other_options_do() -> None:
     cells = [measured(make_cell("cp1", "none", page_size=size), [1.0]) for size in (None, 64)]
     assert [group.common["options"] for group in group_rows(cells, CORES)] == [{}, {"page_size": 64}]
+
+
+def test_the_part_of_the_speed_of_light_has_a_column_where_it_is_known() -> None:
+    cell = measured(make_cell("cp1", "none"), [4.0])
+    fraction = Metric(unit="1", better="higher", rounds=[[0.42]], median=0.42, n=1)
+    known = cell.model_copy(update={"metrics": {**cell.metrics, "light_fraction": fraction}})
+    group = group_rows([known, measured(make_cell("cp2", "ring"), [4.0])], CORES)[0]
+    assert [row.light for row in group.rows] == [0.42, None]
+    column = next(column for column in columns_of(group, Notes()) if column.header == "speed\nof light")
+    assert [column.text(row) for row in group.rows] == ["42%", "-"]
+    assert "speed\nof light" not in [column.header for column in columns_of(group_rows([cell], CORES)[0], Notes())]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import cpbench.driver
-from cpbench.results import ResultFile, read
+from cpbench.reading import read
+from cpbench.results import ResultFile
 from tests.unit.fakes import FakeGroup, FakeLauncher, raises, well
 
 from .conftest import CPU, CUDA, Cpbench, Pretend, Ran
@@ -211,3 +212,37 @@ def test_flags_replace_the_batches_of_a_scenario(cpbench_command: Cpbench, launc
         ran = cpbench_command("sweep", "--scenario", *command, "--json", "-q")
         assert [cell["key"]["lengths"] for cell in json.loads(ran.out)["cells"]] == expected
         next((tmp_path / "results").iterdir()).unlink()
+
+
+AB = ["sweep", "--seq", "256", "--cp", "2", "--ab", "strategy=ring", "strategy=allgather"]
+
+
+def test_two_variants_alternate_and_are_compared_below_the_table(cpbench_command: Cpbench, launcher: FakeLauncher, tmp_path: Path) -> None:
+    launcher.actions = {"ring": well(samples=[1.0, 1.2], skew_samples=[]), "allgather": well(samples=[0.9, 1.08], skew_samples=[])}
+    ran = cpbench_command(*AB, "-o", "r.json")
+    assert ran.code == 0
+    assert "  1 pair of variants, whose passes alternate A B B A: A strategy=ring, B strategy=allgather" in ran.err
+    assert "strategies" not in ran.err
+    assert "ring -> allgather: 0.900 of the time, 1 block (an interval takes 5)" in ran.out.splitlines()
+    assert launcher.jobs == [(1, 0, ["cp1 none 256"]), (2, 0, ["cp2 ring 256 | cp2 allgather 256"])]
+    stored = read(tmp_path / "r.json")
+    assert stored.run.scenario["ab"] == ["strategy=ring", "strategy=allgather"]
+    assert [cell.ab and cell.ab.variant for cell in stored.cells] == [None, "A", "B"]
+
+
+def test_a_sweep_of_variants_is_resumed_with_them(cpbench_command: Cpbench, launcher: FakeLauncher, tmp_path: Path) -> None:
+    launcher.actions = {"ring": [interrupts]}
+    assert cpbench_command(*AB, "-o", "r.json").code == 130
+    launcher.jobs.clear()
+    ran = cpbench_command("sweep", "--resume", "-o", "r.json")
+    assert ran.code == 0
+    assert launcher.jobs == [(2, 0, ["cp2 ring 256 | cp2 allgather 256"])]
+    assert read(tmp_path / "r.json").cells[2].ab is not None
+
+
+def test_a_variant_that_cannot_run_has_a_row_that_says_so(cpbench_command: Cpbench, launcher: FakeLauncher) -> None:
+    flags = ["--seq", "256", "--cp", "2,16", "--strategy", "ring,ulysses", "--set", "baseline=false", "--ab", "model=qwen3-tiny", "model=qwen3-0.6b"]
+    ran = cpbench_command("sweep", *flags)
+    assert ran.code == 0
+    assert "cp16 ulysses: unsupported: " in ran.out
+    assert "cp16 ulysses 256: qwen3-tiny -> qwen3-0.6b: not compared: cp16 ulysses is unsupported" in ran.out

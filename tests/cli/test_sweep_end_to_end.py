@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cpbench.results import ResultFile, read
+from cpbench.reading import read
+from cpbench.results import ResultFile
 
 ROOT = Path(__file__).parents[2]
 CPBENCH = [sys.executable, "-m", "cpbench"]

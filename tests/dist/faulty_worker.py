@@ -14,10 +14,10 @@ from cpbench import numerics, worker
 from cpbench.strategies.ring import Ring
 
 FAULT = os.environ["FAULT"]
-measure_cell = worker.measure_cell
+prepare_cell = worker.prepare_cell
 
 
-def faulty(job: worker.Job, cell: Any, *rest: Any) -> dict[str, Any]:
+def faulty(job: worker.Job, cell: Any, *rest: Any) -> worker.Trial:
     if cell.strategy == "ring" and job.rank == 1:
         if FAULT == "raise":
             raise RuntimeError("planted fault")
@@ -27,7 +27,7 @@ def faulty(job: worker.Job, cell: Any, *rest: Any) -> dict[str, Any]:
             raise torch.OutOfMemoryError("planted: tried to allocate 6.00 GiB")
         if FAULT == "hang":
             time.sleep(600)
-    return measure_cell(job, cell, *rest)
+    return prepare_cell(job, cell, *rest)
 
 
 def forgets_remote_tokens(self: Ring, cell: Any, rank: int, plan: Any = Ring.plan) -> Any:
@@ -43,7 +43,7 @@ def count_too_much(cell: Any, rank: int, sent: Any = (), formula: Any = numerics
 
 
 if __name__ == "__main__":
-    worker.measure_cell = faulty  # type: ignore[assignment]
+    worker.prepare_cell = faulty  # type: ignore[assignment]
     if FAULT == "wrong":
         Ring.plan = forgets_remote_tokens  # type: ignore[method-assign]
     if FAULT == "traffic":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpbench.models.weights import token_ids
-from cpbench.results import read
+from cpbench.reading import read
 
 transformers = pytest.importorskip("transformers", reason="the oracle of the model tests: pip install 'cpbench[hf]'")
 tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")

@@ -69,6 +69,25 @@ def test_collectives_are_counted_exactly(prefill):
             assert recorded["tp"]["all_reduce"]["calls"] == chunks * (2 * 2 + 1)
 
 
+def test_every_rank_says_how_it_spent_a_pass(prefill):
+    """Of the marked pass: own work and what is exposed make the whole, for every rank; the collectives are those that were counted."""
+    for cell in prefill.cells:
+        split = cell.split
+        assert split is not None, (cell.id, cell.status, cell.reason)
+        assert [len(split.ranks), split.reason] == [cell.world_size, None]
+        for rank in split.ranks:
+            assert rank.compute_s + rank.exposed_comm_s == pytest.approx(rank.step_s)
+            assert rank.step_s >= rank.comm_s >= rank.exposed_comm_s >= 0
+        assert split.compute_s == max(rank.compute_s for rank in split.ranks)
+        found = {(one.axis, one.operation) for one in split.collectives}
+        counted = {(axis, operation) for axis, kinds in cell.traffic["recorded"].items() for operation, kind in kinds.items() if kind["calls"]}
+        assert found == counted, cell.id
+        assert all(one.bytes_per_s > 0 and one.alone_s > 0 for one in split.collectives if one.bytes)
+        assert [cell.metrics[name].median for name in ("compute_s", "comm_s", "exposed_comm_s")] == [split.compute_s, split.comm_s, split.exposed_comm_s]
+        assert cell.metrics["peak_fraction"].median == pytest.approx(cell.metrics["tflops_per_rank"].median * 1e12 / cell.peak.flops)
+        assert 0 < cell.metrics["light_fraction"].median <= 1.000001 * cell.metrics["peak_fraction"].median, cell.id
+
+
 def test_ranks_and_memory_are_recorded(prefill):
     for cell in prefill.cells:
         copies = cell.ranks[-1].coordinates["cp"] + 1 if cell.key["partition"] == "replicated" else 1

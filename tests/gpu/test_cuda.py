@@ -13,6 +13,7 @@ from cpbench.kernels.accumulate import Accumulator
 from cpbench.layout import Layout
 from cpbench.measure.device import open_device
 from cpbench.measure.memory import measure_peaks
+from cpbench.measure.peaks import data_sheet
 from cpbench.models.held import Models
 from cpbench.models.presets import PRESETS
 from cpbench.numerics import check
@@ -117,3 +118,32 @@ def test_one_rank_runs_the_layers_of_qwen3_8b_and_passes_its_check(dtype):
         peaks = measure_peaks(program.run, device, program.tensors)
         assert 0 < peaks["peak_live_bytes"] <= peaks["peak_allocator_bytes"] <= peaks["peak_reserved_bytes"]
         assert 1e-4 < device.time(program.run) < 10
+
+
+def test_marks_are_moments_of_the_stream():
+    """A product of a few milliseconds lies between two marks, although the thread that launched it did not wait."""
+    device = open_device("cuda", 0)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    marks = []
+
+    def run():
+        marks.clear()
+        marks.append(device.mark())
+        for _ in range(10):
+            a @ a
+        marks.append(device.mark())
+
+    device.time(run)
+    seconds = device.time(run)
+    assert 0.5 * seconds < device.between(*marks) <= 1.05 * seconds
+
+
+def test_the_peak_of_a_known_gpu_is_above_what_a_product_reaches():
+    device = open_device("cuda", 0)
+    peak = data_sheet(device.name, "bfloat16", "none")
+    if peak is None:
+        pytest.skip(f"NO DATA SHEET FOR {device.name}: its peak is not known")
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    device.time(lambda: a @ a)
+    achieved = 2 * 8192**3 / min(device.time(lambda: a @ a) for _ in range(10))
+    assert 0.3 * peak.flops < achieved <= peak.flops

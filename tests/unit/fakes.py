@@ -57,8 +57,12 @@ class FakeGroup:
         self.code: int | None = 0
         self.text = ""
         self.killed = 0
+        self.held: list[dict[str, Any]] | None = None  # of two cells that alternate, what is said when both are done
 
     def event(self, **fields: Any) -> None:
+        if fields["event"] == "done" and self.held is not None:
+            self.held.append(fields)
+            return
         with Path(self.job["events"]).open("a") as file:
             file.write(json.dumps(fields) + "\n")
 
@@ -94,14 +98,20 @@ class FakeLauncher:
         assert (data["world_size"], data["threads"]) == (world_size, threads)
         group = FakeGroup(data, log_dir)
         self.groups.append(group)
-        self.jobs.append((world_size, data["round"], [Cell.from_dict(entry["cell"]).label for entry in data["cells"]]))
+        self.jobs.append((world_size, data["round"], [" | ".join(Cell.from_dict(one["cell"]).label for one in variants(entry)) for entry in data["cells"]]))
         if self.start_actions and not self.start_actions.pop(0)(group, {}):
             return group
         group.event(event="ready", environment={"torch": "9.9", "ranks": world_size})
         for entry in data["cells"]:
             group.event(event="start", index=entry["index"])
-            if not self._action(Cell.from_dict(entry["cell"]).label)(group, entry):
-                return group
+            group.held = [] if "other" in entry else None
+            for one in variants(entry):
+                group.event(event="turn", index=one["index"])
+                if not self._action(Cell.from_dict(one["cell"]).label)(group, {**one, "alternated": "other" in entry}):
+                    return group
+            done, group.held = group.held, None
+            for fields in done or []:
+                group.event(**fields)
         group.event(event="end")
         return group
 
@@ -112,12 +122,17 @@ class FakeLauncher:
         return well()
 
 
+def variants(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of an entry: one, or two that alternate."""
+    return [entry, *([entry["other"]] if "other" in entry else [])]
+
+
 def well(seconds: float = 1.0, **changes: Any) -> Action:
     def act(group: FakeGroup, entry: dict[str, Any]) -> bool:
         for n in range(1, 4):
             group.event(event="sample", index=entry["index"], n=n, seconds=seconds)
         numerics = {} if entry["verify"] else {"numerics": None}
-        group.event(event="done", index=entry["index"], record=record(seconds, **numerics | changes))
+        group.event(event="done", index=entry["index"], record=record(seconds, **numerics | {"alternated": entry["alternated"]} | changes))
         return True
 
     return act

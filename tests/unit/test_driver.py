@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpbench.clock_record import ClockRound, CpuClocks
 from cpbench.driver import exit_code, run_sweep
 from cpbench.errors import CpbenchError
-from cpbench.results import ResultFile, read
+from cpbench.reading import read
+from cpbench.results import ResultFile
 from tests.unit.fakes import CPU, Action, FakeGroup, FakeLauncher, Notes, dies, hangs, made, raises, statuses, well
 
 RING, ALLGATHER = "cp2 ring 256", "cp2 allgather 256"
@@ -21,7 +24,14 @@ class Run:
     """One run of the driver and everything that can be asked about it."""
 
     def __init__(
-        self, folder: Path, launcher: FakeLauncher, *, resume: ResultFile | None = None, retry: tuple[str, ...] = ("interrupted",), **fields: Any
+        self,
+        folder: Path,
+        launcher: FakeLauncher,
+        *,
+        clocks: Watched | None = None,
+        resume: ResultFile | None = None,
+        retry: tuple[str, ...] = ("interrupted",),
+        **fields: Any,
     ) -> None:
         self.scenario, self.plan = made(**fields)
         self.notes, self.launcher, self.output = Notes(), launcher, folder / "r.json"
@@ -34,6 +44,7 @@ class Run:
             notes=["a note"],
             progress=self.notes,
             launcher=launcher,
+            clocks=clocks,
             resume=resume,
             retry=retry,
         )
@@ -323,3 +334,48 @@ def test_a_resume_elsewhere_says_what_changed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     resumed = Run(tmp_path, FakeLauncher(), resume=run.result)
     assert resumed.result.environment["resumed_with_changes"] == [["variables.NCCL_ALGO", None, "Tree"]]
+
+
+class Watched:
+    """Clocks that note when they are asked, and say how often they were."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.ended = 0
+
+    def group(self, gpus: Sequence[str]) -> None:
+        self.calls.append(f"group {','.join(gpus)}")
+
+    def begin(self) -> None:
+        self.calls.append("begin")
+
+    def end(self) -> ClockRound | None:
+        begun = self.calls[-1] == "begin"
+        self.calls.append("end")
+        self.ended += begun
+        cores = CpuClocks(cores=2, usable_cores=2, own_cores=1.0, others_cores=0.3 * self.ended, samples=5)
+        return ClockRound(seconds=2.0, cpu=cores) if begun else None
+
+
+def times(group: FakeGroup, entry: dict[str, Any]) -> bool:
+    for event in ("timed", "sampled"):
+        group.event(event=event, index=entry["index"])
+    return well()(group, entry)
+
+
+def test_clocks_are_read_while_passes_are_timed(tmp_path: Path) -> None:
+    watched = Watched()
+    run = Run(tmp_path, FakeLauncher({"": times}), clocks=watched, cp="1", rounds=2)
+    assert watched.calls == ["group ", "begin", "end", "end"] * 2
+    assert [one.cpu.others_cores for one in run.result.cells[0].clocks.rounds] == pytest.approx([0.3, 0.6])
+    assert run.result.cells[0].warnings == ["other processes used 0.6 of 2 cores"]  # of both rounds the worse
+
+
+def test_a_cell_that_fails_while_it_is_timed_ends_the_reading(tmp_path: Path) -> None:
+    def act(group: FakeGroup, entry: dict[str, Any]) -> bool:
+        group.event(event="timed", index=entry["index"])
+        return raises()(group, entry)
+
+    watched = Watched()
+    run = Run(tmp_path, FakeLauncher({"": act}), clocks=watched, cp="1")
+    assert watched.calls == ["group ", "begin", "end"] and run.result.cells[0].clocks.rounds == []

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 
 from cpbench.errors import CpbenchError
-from cpbench.models.config import Experts, Indexer, LatentAttention, ModelConfig, Yarn
+from cpbench.models.config import Experts, Indexer, LatentAttention, LlamaRope, ModelConfig, Yarn
 from cpbench.models.hugging_face import from_hugging_face
 from cpbench.models.parameters import parameters
 
@@ -25,6 +25,8 @@ CONFIGS = [  # as presets would have them
     ModelConfig("deepseek-v3",     7168, 61, 128, 128, 192, 18432, 129280, latent=MLA, yarn=V3_YARN, **DEEPSEEK, experts=V3_EXPERTS),
     ModelConfig("deepseek-v3.2",   7168, 61, 128, 128, 192, 18432, 129280, latent=MLA, yarn=V3_YARN, **DEEPSEEK, experts=V3_EXPERTS,
                 indexer=Indexer(64, 128, 2048)),
+    ModelConfig("llama3-405b",    16384, 126, 128,   8, 128, 53248, 128256, rope_theta=5e5, norm_eps=1e-5, qk_norm=False,
+                llama_rope=LlamaRope(8.0, 8192)),
 ]
 # fmt: on
 QWEN3_MOE = {
@@ -113,7 +115,27 @@ V2 = V3 | {
     "topk_method": "group_limited_greedy",
     "vocab_size": 102400,
 }
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 16384,
+    "intermediate_size": 53248,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 128,
+    "num_hidden_layers": 126,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
 RELEASED = {
+    "llama3-405b": LLAMA,
     "qwen3-30b-a3b": QWEN3_MOE,
     "qwen3-235b-a22b": QWEN3_MOE
     | {
@@ -139,7 +161,15 @@ RELEASED = {
     "deepseek-v3": V3,
     "deepseek-v3.2": V3 | {"architectures": ["DeepseekV32ForCausalLM"], "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048},
 }
-BILLIONS = {"qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235, "deepseek-v2-lite": 15.7, "deepseek-v2": 236, "deepseek-v3": 671, "deepseek-v3.2": 671.9}
+BILLIONS = {
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-235b-a22b": 235,
+    "deepseek-v2-lite": 15.7,
+    "deepseek-v2": 236,
+    "deepseek-v3": 671,
+    "deepseek-v3.2": 671.9,
+    "llama3-405b": 405.9,
+}
 
 
 def read(folder, values):
@@ -200,6 +230,8 @@ def test_yarn_without_mscale_scales_cos_and_sin_and_not_the_softmax(tmp_path):
         (V3, {"rope_scaling": V3["rope_scaling"] | {"mscale_all_dim": 0}}, "asks for mscale = 1.0 with mscale_all_dim = 0"),
         (V3, {"rope_scaling": V3["rope_scaling"] | {"factor": 0.5}}, "has the RoPE factor 0.5"),
         (V3, {"rope_scaling": V3["rope_scaling"] | {"truncate": False}}, r"scaled RoPE \(truncate = false\)"),
+        (LLAMA, {"rope_scaling": LLAMA["rope_scaling"] | {"high_freq_factor": 1.0}}, "low_freq_factor 1 and high_freq_factor 1"),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}}, "lacks 'low_freq_factor'"),
         (RELEASED["deepseek-v3.2"], {"index_topk": ...}, "lacks 'index_topk'"),
         (RELEASED["deepseek-v3.2"], {"q_lora_rank": None}, "an indexer without q_lora_rank"),
     ],

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cpbench import journal
 from cpbench.errors import CpbenchError
 from cpbench.journal import Journal
+from cpbench.reading import read
 from cpbench.records import merge_record, not_measured
-from cpbench.results import CellResult, ResultFile, Run, read
+from cpbench.results import CellResult, ResultFile, Run
 from tests.unit.fakes import made, record
 
 CELLS = [planned.cell for planned in made()[1].cells]

@@ -8,7 +8,7 @@ import torch
 from cpbench.kernels import load_kernel
 from cpbench.measure.device import Cpu
 from cpbench.measure.memory import LiveTensors, OneBlock, measure_peaks
-from cpbench.measure.timing import Samples, Timing, one_pass, sample
+from cpbench.measure.timing import Samples, Timing, Variant, block_order, one_pass, sample
 from cpbench.program import alone
 
 CPU = torch.device("cpu")
@@ -51,13 +51,31 @@ class Ticking:
 def test_passes_are_prepared_run_and_reported_until_the_rule_stops():
     calls, seen = [], []
     world = alone().world
-    samples = sample(
-        lambda: calls.append("run"), lambda: calls.append("prepare"), Timing(3, 4, 100.0, 0.0), Ticking([1, 2, 3, 4]), world, lambda n, s: seen.append((n, s))
-    )
+    variant = Variant(lambda: calls.append("run"), lambda: calls.append("prepare"), lambda n, s: seen.append((n, s)))
+    (samples,) = sample([variant], Timing(3, 4, 100.0, 0.0), Ticking([1, 2, 3, 4]), world)
     assert calls == ["prepare", "run"] * 4
     assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
     assert samples.stop == "max_samples"
     assert one_pass(lambda: None, lambda: None, Ticking([7]), world) == [7]
+
+
+def test_two_variants_alternate_there_and_back():
+    assert (block_order(1), block_order(2)) == ((0,), (0, 1, 1, 0))
+    calls = []
+    variants = [Variant(lambda name=name: calls.append(name), lambda: None, lambda n, s: None) for name in "AB"]
+    a, b = sample(variants, Timing(3, 4, 100.0, 0.0), Ticking(range(1, 9)), alone().world)
+    assert "".join(calls) == "ABBAABBA"
+    assert (a.slowest, b.slowest) == ([1, 4, 5, 8], [2, 3, 6, 7])
+    assert sum(a.slowest) == sum(b.slowest), "a steady drift adds the same to both"
+    assert a.stop == b.stop == "max_samples"
+
+
+def test_two_variants_have_as_many_samples_and_go_on_until_both_have_enough():
+    script = [9.0, 1.0, 1.1, 8.0] * 3  # A has its 5 s after one pass, B after five
+    variants = [Variant(lambda: None, lambda: None, lambda n, s: None)] * 2
+    a, b = sample(variants, Timing(3, 30, 5.0, 0.0), Ticking(script), alone().world)
+    assert (len(a.ranks), len(b.ranks)) == (6, 6)
+    assert (a.stop, b.stop) == ("max_seconds", "max_seconds")
 
 
 def test_live_tensors_counts_storages_once_and_sees_them_go():

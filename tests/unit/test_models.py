@@ -90,7 +90,7 @@ def test_logits_and_first_tokens_are_those_of_hugging_face(oracle, layout, strat
 
 def test_presets_have_the_published_parameter_counts():
     """Totals of the model cards, in billions."""
-    published = {"qwen3-0.6b": 0.596, "qwen3-8b": 8.19, "qwen3-32b": 32.8, "qwen2.5-7b": 7.62, "llama3-8b": 8.03, "llama3-70b": 70.6}
+    published = {"qwen3-0.6b": 0.596, "qwen3-8b": 8.19, "qwen3-32b": 32.8, "qwen2.5-7b": 7.62, "llama3-8b": 8.03, "llama3-70b": 70.6, "llama3-405b": 405.9}
     published |= {"qwen3-30b-a3b": 30.5, "qwen3-235b-a22b": 235.1, "deepseek-v2-lite": 15.7, "deepseek-v2": 235.7, "deepseek-v3": 671.0}
     published |= {"deepseek-v3.2": 671.9}  # those of V3, and an indexer per layer
     assert set(published) == {name for name in PRESETS if not name.endswith("-tiny")}

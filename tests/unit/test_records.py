@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cpbench.cell import Cell
 from cpbench.errors import CpbenchError
+from cpbench.projection.light import least_flops
 from cpbench.records import compare_tokens, merge_record, not_measured, rounds_done, token_reference
 from cpbench.results import CellResult
 from cpbench.stats import median
@@ -125,3 +126,33 @@ def test_a_record_says_whether_context_parallelism_was_on() -> None:
     off = merged(record(cp_active=False, cp_off_reason="too short"))
     assert (off.cp_active, off.cp_off_reason) == (False, "too short")
     assert not not_measured(CELL, "crash", "boom", off).cp_active
+
+
+def test_the_split_is_of_the_latest_round_and_its_times_are_kept_of_all() -> None:
+    def split(exposed: float) -> dict[str, Any]:
+        return {"step_s": 1.0, "compute_s": 1.0 - exposed, "comm_s": 0.5, "exposed_comm_s": exposed, "rank": 0, "compute_skew": 1.1}
+
+    result = merged(record(1.0, split=split(0.2)), record(1.0, split=split(0.3)), record(1.0, split={"reason": "a library communicates"}))
+    assert result.split is not None and result.split.reason == "a library communicates"
+    assert result.metrics["exposed_comm_s"].rounds == [[0.2], [0.3]]
+    assert result.metrics["compute_s"].rounds == [[0.8], [0.7]]
+
+
+@pytest.mark.parametrize(("flops", "is_limit", "stored"), [(0.9e12, True, False), (1.1e12, True, True), (0.9e12, False, True)])
+def test_more_than_a_data_sheet_allows_is_refused(flops: float, is_limit: bool, stored: bool) -> None:
+    """The record computes 1e12 operations in one second."""
+    result = merged(record(1.0, peak={"flops": flops, "source": "data sheet of a GPU", "is_limit": is_limit}))
+    assert ("tflops_per_rank" in result.metrics) == ("peak_fraction" in result.metrics) == ("light_fraction" in result.metrics) == stored
+    assert bool(result.warnings) != stored
+    if stored:
+        assert result.metrics["peak_fraction"].median == pytest.approx(1e12 / flops)
+
+
+def test_the_part_of_the_speed_of_light_leaves_out_what_a_layout_does_in_vain() -> None:
+    """Two ranks with all the work of one pass each are half as fast as its operations allow; nothing but compute has a data sheet."""
+    operations = least_flops(CELL)
+    twice = record(2.0, flops_per_rank=operations, peak={"flops": operations, "source": "data sheet of a GPU", "is_limit": True})
+    metrics = merged(twice).metrics
+    assert CELL.world_size == 2
+    assert metrics["light_fraction"].median == pytest.approx(0.25) and metrics["peak_fraction"].median == pytest.approx(0.5)
+    assert (metrics["light_fraction"].unit, metrics["light_fraction"].better, metrics["light_fraction"].n) == ("1", "higher", 3)

@@ -7,7 +7,8 @@ import pytest
 
 import cpbench
 from cpbench.errors import UNREADABLE, CpbenchError
-from cpbench.results import ResultFile, json_schema, read
+from cpbench.reading import read
+from cpbench.results import ResultFile, json_schema
 
 ROOT = Path(__file__).parents[2]
 RUN = {"id": "1", "name": "sweep", "argv": [], "scenario": {}, "started": "2026-01-01T00:00:00+00:00", "cpbench_version": "0"}

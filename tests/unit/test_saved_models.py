@@ -38,6 +38,7 @@ MODELS = {  # family, sizes, largest file
     "qwen3-tied": ("Qwen3", ONE_KV | {"head_dim": 10, "tie_word_embeddings": True}, "1GB"),
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "beta_slow": 1}
+LLAMA_31 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32, "low_freq_factor": 1, "high_freq_factor": 4}
 LATENT = {
     "num_key_value_heads": 8,
     "kv_lora_rank": 24,
@@ -50,6 +51,7 @@ LATENT = {
     "n_routed_experts": 8,
 }
 MODELS |= {
+    "llama-31": ("Llama", SMALL | {"head_dim": 16, "rope_parameters": LLAMA_31}, "1GB"),
     "llama-yarn": ("Llama", SMALL | {"rope_parameters": YARN}, "1GB"),
     "qwen3-moe": (
         "Qwen3Moe",

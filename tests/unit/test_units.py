@@ -32,7 +32,7 @@ def test_durations(text, value):
     assert parse_seconds(text) == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.5", 0.5), ("100%", 1.0), (0.1, 0.1)])
+@pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.5", 0.5), ("100%", 1.0), (0.1, 0.1), (1e-5, 1e-5)])
 def test_fractions(text, value):
     assert parse_fraction(text) == pytest.approx(value)
 
