@@ -4,8 +4,9 @@
     python benchmarks/projection_validation.py --measure
 
 The first projects every row of cpbench/projection/studies with the machine of its study put into the nearest profile, and fits nothing to a row
-that it predicts. The second needs a quiet machine for about five minutes: two ranks are calibrated, cells are swept over gloo, and the same
-cells are projected with compute measured by each rank alone. Printed is every row with its parts, and the mean and worst error.
+that it predicts. The second needs a quiet machine for about ten minutes: two ranks are calibrated, and then cells are swept over gloo and the same
+cells projected with compute measured by each rank alone, in turn and several times, because a machine that others share too has slow minutes.
+Printed is every row with its parts, the mean and worst error of the medians, and how far a measurement is from the same one in another round.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,12 +28,13 @@ from cpbench.projection.simulated import META, without_storage
 from cpbench.projection.studied import Studied, studied
 from cpbench.reading import read
 from cpbench.results import CellResult
+from cpbench.stats import median
 
 SMALL = 0.020  # seconds: shorter cells are judged apart
 COUNTED = 0.01  # by what part peaks may differ
-DENSE = ("--model", "qwen3-tiny", "--layouts", "cp2,tp2,tp2sp", "--strategy", "ring,allgather,ulysses", "--seq")
-SWEEPS = (  # one by one, so that a projection is measured soon after its cells were
-    *((*DENSE, length) for length in ("4k", "2k", "1k", "256", "64")),
+ROUNDS = 5
+SWEEPS = (
+    ("--model", "qwen3-tiny", "--layouts", "cp2,tp2,tp2sp", "--strategy", "ring,allgather,ulysses", "--seq", "4k,2k,1k,256,64"),
     ("--model", "deepseek-v3-tiny", "--layouts", "cp2,tp2", "--strategy", "ring", "--seq", "1k"),
     ("--model", "qwen3-moe-tiny", "--layouts", "cp2/ep2,tp2/ep2", "--strategy", "allgather", "--router", "uniform", "--seq", "1k"),
 )
@@ -104,37 +107,46 @@ def on_this_machine(folder: Path, quick: bool) -> None:
     """Calibrate, sweep, project, and hold against each other what is of the same cell."""
     profile = folder / "profile.json"
     _cpbench("calibrate", "--max-ranks", "2", "--device", "cpu", "--output", str(profile), "--quiet", *(["--quick"] if quick else []))
-    pairs: list[tuple[CellResult, CellResult]] = []
-    for number, sweep in enumerate(SWEEPS[-3:] if quick else SWEEPS):
-        measured, projected = folder / f"measured{number}.json", folder / f"projected{number}.json"
-        _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", str(measured))
-        _cpbench("project", *sweep, *SAME, "--hardware", str(profile), "--compute", "measured", "--output", str(projected))
-        same = {cell.id: cell for cell in read(projected).cells}
-        pairs += [(cell, same[cell.id]) for cell in read(measured).cells]
+    measured: dict[str, list[CellResult]] = defaultdict(list)
+    projected: dict[str, list[CellResult]] = defaultdict(list)
+    for turn in range(1 if quick else ROUNDS):
+        for number, sweep in enumerate(SWEEPS[-2:] if quick else SWEEPS):
+            files = [folder / f"{kind}{turn}-{number}.json" for kind in ("measured", "projected")]
+            _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", str(files[0]))
+            _cpbench("project", *sweep, *SAME, "--hardware", str(profile), "--compute", "measured", "--output", str(files[1]))
+            for file, found in zip(files, (measured, projected), strict=True):
+                for cell in read(file).cells:
+                    found[cell.id].append(cell)
     errors: dict[bool, list[float]] = {True: [], False: []}
-    peaks = []
+    peaks, again = [], []
     print("cell, measured and projected: TTFT, error; compute; waiting; peak of live tensors, error (ms, MB)")
-    for cell, other in pairs:
-        if cell.status != "ok" or other.status != "ok":
-            print(f"{cell.id}: {cell.status} {cell.reason or ''}, {other.status} {other.reason or ''}")
+    for name, cells in measured.items():
+        others = projected[name]
+        failed = [cell for cell in (*cells, *others) if cell.status != "ok"]
+        if failed:
+            print(f"{name}: {failed[0].status} {failed[0].reason or ''}")
             continue
-        time, error = _both(cell, other, "ttft_s")
-        peak = cell.memory.peak_live_bytes if cell.memory else None
-        held = other.metrics["projected_peak_live_bytes"].median
-        more = held / peak - 1 if peak else 0.0
-        peaks.append(more)
-        errors[cell.metrics["ttft_s"].median < SMALL].append(error)
-        compute, waiting = (_both(cell, other, name)[0] for name in ("compute_s", "exposed_comm_s"))
-        print(f"{cell.id.split('/l')[0]:26} {_of(cell):26} {time} {error:+6.1%}; {compute}; {waiting}; {(peak or 0) / 1e6:8.2f} {held / 1e6:8.2f} {more:+.2%}")
+        time, held = median_of(cells, "ttft_s"), median_of(others, "projected_peak_live_bytes")
+        error = median_of(others, "projected_ttft_s") / time - 1
+        errors[time < SMALL].append(error)
+        again += [cell.metrics["ttft_s"].median / median_of([*cells[:turn], *cells[turn + 1 :]], "ttft_s") - 1 for turn, cell in enumerate(cells) if cells[1:]]
+        peak = max(cell.memory.peak_live_bytes for cell in cells if cell.memory and cell.memory.peak_live_bytes)
+        peaks.append(held / peak - 1)
+        parts = [
+            f"{1e3 * median_of(cells, part):8.2f} {1e3 * median_of(others, f'projected_{part}'):8.2f}" for part in ("ttft_s", "compute_s", "exposed_comm_s")
+        ]
+        print(
+            f"{name.split('/l')[0]:26} {_of(cells[0]):26} {parts[0]} {error:+6.1%}; {'; '.join(parts[1:])}; {peak / 1e6:8.2f} {held / 1e6:8.2f} {peaks[-1]:+.2%}"
+        )
     print(_summary(f"cells above {1e3 * SMALL:.0f} ms", errors[False]))
     print(_summary("shorter cells", errors[True]))
+    print(_summary("a round of a cell, against the others of the same cell", again))
     print(_summary("peaks of live tensors", peaks), f"{sum(abs(more) > COUNTED for more in peaks)} differ by more than {COUNTED:.0%}")
 
 
-def _both(cell: CellResult, other: CellResult, name: str) -> tuple[str, float]:
-    """A metric as measured and as projected, in ms, and the error."""
-    measured, projected = cell.metrics[name].median, other.metrics[f"projected_{name}"].median
-    return f"{1e3 * measured:8.2f} {1e3 * projected:8.2f}", projected / measured - 1 if measured else 0.0
+def median_of(cells: Sequence[CellResult], name: str) -> float:
+    """A metric in the round in the middle."""
+    return median([cell.metrics[name].median for cell in cells])
 
 
 def _of(cell: CellResult) -> str:

@@ -59,7 +59,7 @@ class Job:
     memory_limit: int | None = None  # bytes that a rank may have
     timed: bool = True  # else nothing is measured but memory
     trace: str | None = None  # the folder for the traces of a profile
-    scripts: str | None = None  # the folder for what ranks do in a projection, whose compute is measured
+    target: dict[str, Any] | None = None  # of a projection, whose compute is measured
 
     def to_dict(self, events: Path) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self).items() if name != "cells"}

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cpbench.cell import Cell
+from cpbench.errors import CpbenchError
 from cpbench.formulas import flops_of_rank, live_bytes
 from cpbench.kernels.base import Kernel
 from cpbench.kernels.cpu_flash import CpuFlash
 from cpbench.projection.light import light
 from cpbench.projection.limits import limits_of
-from cpbench.projection.links import End, Links, Topology
+from cpbench.projection.links import Links, Topology
 from cpbench.projection.pricing import PricedClock, PricedKernel
 from cpbench.projection.profile import DeviceProfile, load_profile
 from cpbench.projection.replay import Outcome, replay
 from cpbench.projection.simulated import META, classes, peak_of, simulate, without_storage
 from cpbench.projection.tape import Script
-from cpbench.records import TIME_METRIC
+from cpbench.records import TIME_METRIC, not_measured
 from cpbench.results import CellResult, Metric, Projection
 
 JITTER = 0.01  # of a rank's work, one standard deviation: assumed; sweeps show skews of 1.00 to 1.03 between ranks with equal work
-ENDS: tuple[tuple[End, float], ...] = (("fast", 0.0), ("slow", JITTER))
 Compute = Literal["lookup", "measured"]
+Recorded = dict[int, list[Script]]  # of one process: passes of the ranks that it measured
+Passed = Sequence[Script]  # of every rank, in one pass
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,42 @@ def of_all_ranks(cell: Cell, scripts: Mapping[int, Script]) -> list[Script]:
     return [found[rank] for rank in range(cell.world_size)]
 
 
-def project(cell: Cell, target: Target, measured: Mapping[int, Script] | None = None, source: str = "") -> CellResult:
-    """The projection of a cell. `measured`: the scripts of the ranks that differ, where they were measured on a device, which `source` names.
+def passes_of(cell: Cell, recorded: Sequence[Recorded]) -> list[Passed]:
+    """Passes of all ranks, from those that processes recorded of the ranks that differ.
 
-    Raises CpbenchError where the profile lacks what the cell needs.
+    Of a rank that stands for others each has a recording of its own, of another process or pass: ranks are not late at the same time.
+    """
+    kinds = classes(cell)
+    passes: list[Passed] = []
+    for number in range(min(len(runs) for process in recorded for runs in process.values())):
+        found: dict[int, Script] = {}
+        for kind, (first, alike) in enumerate(kinds.items()):
+            sources = [process[first] for process in recorded if first in process]
+            for place, rank in enumerate(alike):
+                turn, source = divmod(kind + place, len(sources))
+                found[rank] = sources[source][(number + turn) % len(sources[source])]
+        passes.append([found[rank] for rank in range(cell.world_size)])
+    return passes
+
+
+def project(cell: Cell, target: Target, measured: Sequence[Passed] | None = None, source: str = "") -> CellResult:
+    """The projection of a cell. `measured`: passes of all ranks, where work was measured on a device, which `source` names.
+
+    Of several passes the one in the middle is what is expected, and the band reaches over all of them. Raises CpbenchError where the profile
+    lacks what the cell needs.
     """
     profile = target.profile()
-    scripts, outside = (dict(measured), []) if measured is not None else looked_up(cell, profile)
-    links, everyone = target.links(profile, cell.world_size), of_all_ranks(cell, scripts)
-    expected = replay(cell.layout, everyone, links)
-    band = tuple(replay(cell.layout, everyone, links.at(end), jitter).seconds for end, jitter in ENDS)
+    outside: list[str] = []
+    if measured is None:
+        scripts, outside = looked_up(cell, profile)
+        passes = [of_all_ranks(cell, scripts)]
+    else:
+        passes = [list(everyone) for everyone in measured]
+    links, jitter = target.links(profile, cell.world_size), JITTER if measured is None else 0.0
+    played = sorted(((replay(cell.layout, everyone, links), everyone) for everyone in passes), key=lambda one: one[0].seconds)
+    expected, everyone = played[(len(played) - 1) // 2]
+    ends = ((played[0][1], links.at("fast"), 0.0), (played[-1][1], links.at("slow"), jitter))
+    band = [replay(cell.layout, scripts, costs, late).seconds for scripts, costs, late in ends]
     outside += _links_outside(cell, everyone, links)
     rank, most, categories = peak(cell, profile)
     reserved = profile.reserved(cell.world_size)
@@ -100,10 +128,10 @@ def project(cell: Cell, target: Target, measured: Mapping[int, Script] | None = 
         title=profile.title,
         compute=f"measured on {source}" if measured is not None else f"looked up in {profile.name}",
         links=f"{profile.links.title}{f', --link {target.link}' if target.link else ''}",
-        ranks_simulated=len(scripts),
+        ranks_simulated=len(classes(cell)),
         gpus_per_node=target.per_node(profile),
         band=(min(band), max(band)),
-        band_jitter=JITTER,
+        band_jitter=jitter,
         slowest_rank=expected.slowest,
         peak_rank=rank,
         by_category={name: size for name, size in categories.items() if size},
@@ -125,6 +153,17 @@ def project(cell: Cell, target: Target, measured: Mapping[int, Script] | None = 
         projection=projection,
         warnings=[*([_too_large(projection, most)] if not projection.fits else []), *_assumptions(cell)],
     )
+
+
+def attempt(data: dict[str, Any], target: Target, measured: Sequence[Passed] | None = None, source: str = "") -> CellResult:
+    """The projection of a cell, given as JSON, or why there is none. The rest is as in `project`."""
+    cell = Cell.from_dict(data)
+    try:
+        return project(cell, target, measured, source)
+    except CpbenchError as error:
+        return not_measured(cell, "unsupported", f"{error.message.rstrip('.')}; {error.hint[:1].lower()}{error.hint[1:].rstrip('.')}")
+    except (RuntimeError, ValueError, TypeError) as error:
+        return not_measured(cell, "crash", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _metrics(cell: Cell, outcome: Outcome, scripts: Sequence[Script], peak: int, least_s: float) -> dict[str, Metric]:

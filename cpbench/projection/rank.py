@@ -1,7 +1,8 @@
 """A process that measures what ranks of other world sizes compute: their programs on this device, with nobody else there.
 
 The processes of a group stand for ranks that share this machine, and work at the same time, as those would; each takes its share of the ranks that
-differ. What a rank did is written as a script; what transfers take, and what follows, is worked out by who asked (projecting.py).
+differ. What a rank did is written as a script. The first process then works out what follows (projecting.py), while the others wait: who asked
+must not work beside what is measured.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from cpbench.distributed.mesh import Mesh
 from cpbench.kernels import kernel_of
 from cpbench.layout import Layout
 from cpbench.measure.device import Device, open_device
-from cpbench.projection.simulated import classes, simulate
+from cpbench.projection.projecting import Recorded, Target, attempt, passes_of
+from cpbench.projection.simulated import classes, recordings
+from cpbench.projection.tape import Script
 from cpbench.rank_end import to_the_end
 from cpbench.rank_job import Job
 from cpbench.worker import end_with_parent, running_environment
 
-RUNS = 3
+LEAST, MOST, SECONDS = 3, 30, 1.5  # passes of a rank, and after how long there are enough
 LAYERS = 2  # of each kind that are run
 
 
@@ -43,25 +47,47 @@ def main(path: str) -> None:
         job.emit("ready", environment=running_environment(device))
         for entry in job.data["cells"]:
             job.start([entry])
-            scripts = _scripts(job, Cell.from_dict(entry["cell"]), device, world)
-            (Path(job.data["scripts"]) / f"{entry['index']}-{job.rank}.json").write_text(json.dumps(scripts), encoding="utf-8")
+            file = Path(job.data["events"]).with_name(f"scripts-{entry['index']}")
+            cell = Cell.from_dict(entry["cell"])
+            write(file, job.rank, _record(job, cell, device, world))
             world.barrier()
-            job.emit("done", index=entry["index"], record={"device_name": device.name})
+            if job.rank == 0:
+                found = attempt(entry["cell"], Target(**job.data["target"]), passes_of(cell, read(file, size)), device.name)
+                job.emit("done", index=entry["index"], record=found.model_dump(mode="json"))
             gc.collect()
+            world.barrier()
         stop_process_groups()
         job.emit("end")
 
 
-def _scripts(job: Job, cell: Cell, device: Device, world: Any) -> dict[int, Any]:
-    """The scripts of this process's share of the ranks that differ. Who has none left works on, so that the others are not alone."""
+def _record(job: Job, cell: Cell, device: Device, world: Any) -> Recorded:
+    """Passes of this process's share of the ranks that differ. Who has none left works on, so that the others are not alone."""
     kernel, different = kernel_of(cell), list(classes(cell))
     rounds = -(-len(different) // world.size)
-    found: dict[int, Any] = {}
+    found: Recorded = {}
     for turn in range(rounds):
         rank = different[(turn * world.size + world.rank) % len(different)]
         world.barrier()
-        script = simulate(cell, rank, kernel, device, device.torch_device, runs=RUNS, each=LAYERS, is_nccl=cell.device == "cuda")
-        found[rank] = script.to_dict()
+        began, found[rank] = time.perf_counter(), []
+        for script in recordings(cell, rank, kernel, device, device.torch_device, each=LAYERS, is_nccl=cell.device == "cuda"):
+            found[rank].append(script)
+            if len(found[rank]) >= LEAST and (len(found[rank]) == MOST or time.perf_counter() - began > SECONDS):
+                break
+    return found
+
+
+def write(file: Path, process: int, recorded: Recorded) -> None:
+    """What a process measured of a cell, beside what the others did."""
+    texts = {rank: [script.to_dict() for script in passes] for rank, passes in recorded.items()}
+    file.with_suffix(f".{process}").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def read(file: Path, processes: int) -> list[Recorded]:
+    """What the processes measured of a cell."""
+    found = []
+    for process in range(processes):
+        texts = json.loads(file.with_suffix(f".{process}").read_text(encoding="utf-8"))
+        found.append({int(rank): [Script.from_dict(data) for data in passes] for rank, passes in texts.items()})
     return found
 
 

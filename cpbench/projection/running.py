@@ -7,14 +7,12 @@ How one cell is projected is decided in projecting.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from cpbench.atomic import refuse_existing
 from cpbench.cell import Cell
@@ -26,8 +24,7 @@ from cpbench.journal import Journal
 from cpbench.launch import Launcher, Torchrun
 from cpbench.plan import Plan, PlannedCell
 from cpbench.projection.profile import load_profile
-from cpbench.projection.projecting import Target, kind_of_device, project
-from cpbench.projection.tape import Script
+from cpbench.projection.projecting import Target, attempt, kind_of_device
 from cpbench.records import not_measured
 from cpbench.results import CellResult, ResultFile
 from cpbench.runs import new_run, now
@@ -127,12 +124,12 @@ def _refusal(planned: PlannedCell) -> str | None:
 def _looked_up(cells: Sequence[Cell], target: Target, machine: Machine) -> Iterator[CellResult]:
     """The projections of cells, in the order in which they are done."""
     if len(cells) <= INLINE or machine.cores == 1:
-        yield from (_one(cell.to_dict(), target) for cell in cells)
+        yield from (attempt(cell.to_dict(), target) for cell in cells)
         return
     largest = sorted(cells, key=lambda cell: -cell.layout.cp * cell.step_count)  # first, so that none of them is alone at the end
     with ProcessPoolExecutor(machine.cores, multiprocessing.get_context("spawn"), _prepare) as pool:
         try:
-            for future in as_completed([pool.submit(_one, cell.to_dict(), target) for cell in largest]):
+            for future in as_completed([pool.submit(attempt, cell.to_dict(), target) for cell in largest]):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -146,17 +143,6 @@ def _prepare() -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _one(data: dict[str, Any], target: Target, scripts: dict[int, Script] | None = None, source: str = "") -> CellResult:
-    """The projection of a cell, or why there is none."""
-    cell = Cell.from_dict(data)
-    try:
-        return project(cell, target, scripts, source)
-    except CpbenchError as error:
-        return not_measured(cell, "unsupported", f"{error.message.rstrip('.')}; {error.hint[:1].lower()}{error.hint[1:].rstrip('.')}")
-    except (RuntimeError, ValueError, TypeError) as error:
-        return not_measured(cell, "crash", f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _measured(
@@ -189,25 +175,11 @@ def _group(
     left: dict[int, Cell], size: int, folder: Path, scenario: Scenario, plan: Plan, target: Target, launcher: Launcher | None, stop: Stop
 ) -> Iterator[CellResult]:
     """One group of processes; cells that are done leave `left`. Raises GroupFailed."""
-    scripts = folder / "scripts"
-    scripts.mkdir(parents=True)
     cells = tuple(JobCell(index, cell, verify=False) for index, cell in left.items())
     threads = plan.threads_per_rank(max(cell.world_size for cell in left.values()))
-    job = Job(size, 0, plan.device, threads, False, plan.cores, {}, scenario.limits.cell_timeout, cells, scripts=str(scripts))
-    with contextlib.closing(run_group(launcher or Torchrun(RANK_MODULE), job, folder / "group", scenario.limits.start_timeout, stop.check)) as events:
+    job = Job(size, 0, plan.device, threads, False, plan.cores, {}, scenario.limits.cell_timeout, cells, target=asdict(target))
+    with contextlib.closing(run_group(launcher or Torchrun(RANK_MODULE), job, folder, scenario.limits.start_timeout, stop.check)) as events:
         for event in events:
             if event.get("event") == "done":
-                index = event["index"]
-                yield _one(left[index].to_dict(), target, _read(scripts, index, size), str(event["record"]["device_name"]))
-                del left[index]
-
-
-def _read(folder: Path, index: int, size: int) -> dict[int, Script]:
-    """What the processes measured of a cell. Of a rank that several measured the one that took longest: others wait for it."""
-    found: dict[int, Script] = {}
-    for process in range(size):
-        for rank, data in json.loads((folder / f"{index}-{process}.json").read_text(encoding="utf-8")).items():
-            script = Script.from_dict(data)
-            known = found.get(int(rank))
-            found[int(rank)] = script if known is None or script.work_s > known.work_s else known
-    return found
+                yield CellResult.model_validate(event["record"])
+                del left[event["index"]]

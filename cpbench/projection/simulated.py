@@ -27,9 +27,8 @@ from cpbench.models.invariant import InvariantWeight
 from cpbench.models.linear import Weight, hold
 from cpbench.models.weights import RandomWeights
 from cpbench.program import Program
-from cpbench.projection.tape import Script, Tape, median_script
+from cpbench.projection.tape import Script, Tape
 from cpbench.quantisation import NONE
-from cpbench.stats import median
 from cpbench.strategies import STRATEGIES
 from cpbench.tracing.spans import using
 
@@ -116,17 +115,21 @@ def stand_ins(cell: Cell, layers: Sequence[int], each: int) -> dict[int, int]:
 
 
 def simulate(
-    cell: Cell, rank: int, kernel: Kernel, clock: Clock, device: torch.device, *, runs: int = 1, each: int = 1, is_nccl: bool = False, detailed: bool = False
+    cell: Cell, rank: int, kernel: Kernel, clock: Clock, device: torch.device, *, each: int = 1, is_nccl: bool = False, detailed: bool = False
 ) -> Script:
-    """What a rank does in a pass, on a clock: the median of so many runs, after one that is not counted where the work is done.
+    """What a rank does in a pass, on a clock. Without a device (`META`) prices must look on, and `standing_for` say for what."""
+    return next(recordings(cell, rank, kernel, clock, device, each=each, is_nccl=is_nccl, detailed=detailed))
 
-    Without a device (`META`) prices must look on, and `standing_for` say for what.
-    """
+
+def recordings(
+    cell: Cell, rank: int, kernel: Kernel, clock: Clock, device: torch.device, *, each: int = 1, is_nccl: bool = False, detailed: bool = False
+) -> Iterator[Script]:
+    """What a rank does in one pass after another, after one that is not counted where the work is done."""
     tape = Tape(clock.mark, detailed)
     program = _program(cell, rank, kernel, device, tape, each, is_nccl)
-    scripts = []
-    for number in range(runs + (not _is_shaped(device))):
-        tape.fills = number == 0 and not _is_shaped(device)  # buffers keep the values, and later runs do not pay for them
+    counts = stand_ins(cell, program.slice.layers, each)
+    tape.fills = not _is_shaped(device)  # buffers keep the values, and later passes do not pay for them
+    while True:
         program.prepare()
         _balance(program, cell)
         with torch.inference_mode(), using(tape):
@@ -135,11 +138,9 @@ def simulate(
             end = clock.mark()
         if device.type not in ("meta", "cpu"):
             torch.accelerator.synchronize()  # marks can be read once they have happened
-        if tape.fills:
-            continue
-        counts = stand_ins(cell, program.slice.layers, each)
-        scripts.append(tape.script(end, clock.between, counts.__getitem__))
-    return median_script(scripts, median)
+        if not tape.fills:
+            yield tape.script(end, clock.between, counts.__getitem__)
+        tape.fills = False
 
 
 def peak_of(cell: Cell, rank: int, kernel: Kernel) -> tuple[int, dict[str, int]]:

@@ -7,8 +7,8 @@ say how often they run. What transfers take, and who waits for whom, is worked o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from cpbench.distributed.traffic import Transfer
@@ -164,14 +164,3 @@ class Tape:
         if under_way:
             raise ValueError(f"collectives {sorted(under_way)} are never awaited")
         return Script(tuple(sections))
-
-
-def median_script(scripts: Sequence[Script], median: Callable[[Sequence[float]], float]) -> Script:
-    """The script of several recordings of one program: each stretch of work takes the median of what it took."""
-    first = scripts[0]
-    sections = []
-    for number, section in enumerate(first.sections):
-        same = [script.sections[number] for script in scripts]
-        steps = tuple(replace(step, work_s=median([one.steps[at].work_s for one in same])) for at, step in enumerate(section.steps))
-        sections.append(replace(section, steps=steps, rest_s=median([one.rest_s for one in same])))
-    return Script(tuple(sections))

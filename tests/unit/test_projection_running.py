@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from cpbench.cell import Cell
 from cpbench.environment import Machine
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.plan import Plan, make_plan
-from cpbench.projection.projecting import Target
+from cpbench.projection import rank
+from cpbench.projection.projecting import Target, attempt, passes_of
 from cpbench.projection.running import exit_code, imagined, require_device, run_projection
 from cpbench.projection.simulated import classes
 from cpbench.projection.tape import Script, Section
@@ -43,15 +43,17 @@ def projected(
     return run_projection(scenario, plan, machine, folder / "p.json", target, argv=["project"], notes=[], tell=tell, launcher=launcher)
 
 
-def measures(*seconds: float) -> Action:
-    """Every process measures every rank that differs, and takes so long for it."""
+def measures(*seconds: Sequence[float]) -> Action:
+    """Every process measures every rank that differs, and takes so long for it, pass by pass."""
 
     def act(group: FakeGroup, entry: dict[str, Any]) -> bool:
-        ranks = classes(Cell.from_dict(entry["cell"]))
-        for process in range(group.job["world_size"]):
-            script = Script((Section((), seconds[process % len(seconds)]),)).to_dict()
-            (Path(group.job["scripts"]) / f"{entry['index']}-{process}.json").write_text(json.dumps(dict.fromkeys(ranks, script)))
-        group.event(event="done", index=entry["index"], record={"device_name": "a CPU"})
+        cell = Cell.from_dict(entry["cell"])
+        ranks, file, size = classes(cell), Path(group.job["events"]).with_name("scripts"), group.job["world_size"]
+        for process in range(size):
+            passes = [Script((Section((), taken),)) for taken in seconds[process % len(seconds)]]
+            rank.write(file, process, dict.fromkeys(ranks, passes))
+        found = attempt(entry["cell"], Target(**group.job["target"]), passes_of(cell, rank.read(file, size)), "a CPU")
+        group.event(event="done", index=entry["index"], record=found.model_dump(mode="json"))
         return True
 
     return act
@@ -65,8 +67,17 @@ def seconds_of(result: ResultFile) -> list[float]:
     return [cell.metrics["projected_ttft_s"].median for cell in result.cells]
 
 
+def test_of_measured_passes_the_one_in_the_middle_is_expected_and_the_band_reaches_over_all(tmp_path: Path) -> None:
+    result = projected(tmp_path, FakeLauncher({"tp2": measures([1.0, 2.0, 7.0], [1.0, 3.0, 1.0])}), cp="1", tp="2", strategies="none")
+    (cell,) = result.cells
+    transfers = cell.metrics["projected_ttft_s"].median - 3.0
+    assert 0 <= transfers < 0.1  # all start together, and the later of the two is who is waited for: 1, 3 and 7 seconds
+    assert cell.projection is not None and cell.projection.ranks_simulated == 1 and cell.projection.band_jitter == 0
+    assert cell.projection.band == pytest.approx((1.0, 7.0), abs=0.1)
+
+
 def test_measured_work_is_that_of_the_slowest_process_and_its_device_is_named(tmp_path: Path) -> None:
-    launcher = FakeLauncher({"cp2": measures(3.0, 5.0)})
+    launcher = FakeLauncher({"cp2": measures([3.0], [5.0])})
     result = projected(tmp_path, launcher)
     assert seconds_of(result) == [5.0]
     projection = result.cells[0].projection
@@ -77,7 +88,7 @@ def test_measured_work_is_that_of_the_slowest_process_and_its_device_is_named(tm
 
 
 def test_ranks_beyond_the_cores_are_measured_by_as_many_processes_as_there_are_cores(tmp_path: Path) -> None:
-    launcher = FakeLauncher({"cp": measures(1.0)})
+    launcher = FakeLauncher({"cp": measures([1.0])})
     result = projected(tmp_path, launcher, cp="1,2,8")
     assert sorted(world for world, _, _ in launcher.jobs) == [1, 2]
     assert {cell.world_size for cell in result.cells} == {1, 2, 8}
@@ -85,7 +96,7 @@ def test_ranks_beyond_the_cores_are_measured_by_as_many_processes_as_there_are_c
 
 
 def test_a_cell_that_fails_costs_itself_and_the_others_go_on(tmp_path: Path) -> None:
-    launcher = FakeLauncher({"ring": raises(), "allgather": measures(1.0), "ulysses": measures(2.0)})
+    launcher = FakeLauncher({"ring": raises(), "allgather": measures([1.0]), "ulysses": measures([2.0])})
     result = projected(tmp_path, launcher, strategies="allgather,ring,ulysses")
     found = {cell.key["strategy"]: cell for cell in result.cells}
     assert {name: cell.status for name, cell in found.items()} == {"allgather": "ok", "ring": "crash", "ulysses": "ok"}
@@ -105,7 +116,7 @@ def test_an_interruption_keeps_what_is_done(tmp_path: Path, target: Target) -> N
         if done == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = projected(tmp_path, FakeLauncher({"cp": measures(1.0)}), target, tell, cp="2,4", machine=replace(CPU, cores=1))
+    result = projected(tmp_path, FakeLauncher({"cp": measures([1.0])}), target, tell, cp="2,4", machine=replace(CPU, cores=1))
     assert (len(result.cells), result.run.complete, exit_code(result)) == (1, False, INTERRUPTED)
     assert read(tmp_path / "p.json") == result
 
@@ -122,7 +133,7 @@ def test_a_program_that_raises_is_a_crash_of_its_cell(tmp_path: Path, monkeypatc
     def project(cell: Cell, *_: object) -> CellResult:
         raise RuntimeError("no such shape\nand more")
 
-    monkeypatch.setattr("cpbench.projection.running.project", project)
+    monkeypatch.setattr("cpbench.projection.projecting.project", project)
     result = projected(tmp_path, target=Target("cpu", gpus_per_node=8))
     assert [(cell.status, cell.reason) for cell in result.cells] == [("crash", "RuntimeError: no such shape")]
 

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpbench.distributed.traffic import Transfer
-from cpbench.projection.tape import Script, Section, Step, Tape, median_script
-from cpbench.stats import median
+from cpbench.projection.tape import Script, Section, Step, Tape
 from cpbench.tracing.spans import LAYER, Category
 
 GATHER = Transfer("cp", 4, "all_gather", 300, (1, 2, 3), (1, 2, 3))
@@ -112,12 +111,3 @@ sections = st.builds(Section, st.lists(steps, max_size=4).map(tuple), st.floats(
 @given(st.lists(sections, max_size=4).map(tuple).map(Script))
 def test_a_script_survives_json(script: Script) -> None:
     assert Script.from_dict(json.loads(json.dumps(script.to_dict()))) == script
-
-
-def test_of_several_recordings_each_stretch_of_work_has_its_median() -> None:
-    runs = [recorded("[0", "layer/mlp", first, GATHER, "-1", last, "]", "]", detailed=True, times=2) for first, last in ((1, 9), (5, 2), (2, 3))]
-    (section,) = median_script(runs, median).sections
-    assert [step.work_s for step in section.steps] == [0, 2, 0, 3]
-    assert (section.rest_s, section.layer, section.times) == (0, 0, 2)
-    assert [step.name for step in section.steps] == ["layer", "layer/mlp", "layer/mlp", "layer/mlp"]
-    assert section.steps[1].transfer == GATHER
