@@ -1,8 +1,9 @@
 """One rank of a calibration, started by torchrun: it times products, attention, copies and collectives while all other ranks do the same.
 
-That is how programs run: on a CPU, ranks share caches and memory with busy siblings, and gloo's threads share cores with them. A time is a
-median: of all ranks' for their own work, and of the slowest rank's for collectives. Rows go to a file, one JSON object a line. What is made of
-them is decided in calibrating.py, and which sizes are measured in calibration_sizes.py.
+That is how programs run: on a CPU, ranks share caches and memory with busy siblings, and gloo's threads share cores with them. Of own work a time
+is the median of all ranks'. Of a collective it is what the rank that comes last waits, the mean of many calls that each follow on some work: then
+caches hold other things, threads sleep, and the few calls that find no core take their part, as in the sum that a pass is. Rows go to a file, one
+JSON object a line. What is made of them is decided in calibrating.py, and which sizes are measured in calibration_sizes.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from cpbench.stats import median
 STRETCH = 5e-3  # seconds of work between two readings of a clock; a single call may take microseconds
 ROUNDS, REPEATS = 3, 5  # over all trials of a kind, and of a trial in each
 BUDGET, LONG = 0.06, 0.2  # seconds of the repeats of a trial, and of a call from which on one must do
+CALLS, BEFORE = 10, 1e-3  # of a collective in each round, and seconds of work before each
 WORK_SECONDS, TRANSFER_FACTOR = 0.02, 3.0  # of what runs beside a transfer, and how much longer that is
 OPERATIONS = ("send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce")
 
@@ -50,6 +53,9 @@ def main(path: str) -> None:
         with torch.inference_mode():
             Calibration(job, group, device).run()
         stop_process_groups()
+
+
+Times = Callable[[Callable[[], object]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,9 @@ class Calibration:
             one = torch.ones(1, device=self.device.torch_device)
             self._write("launch", seconds=median(self._times(lambda: one + one)))
             for trials in (self._moved(sizes), self._gemms(sizes), self._attentions(sizes)):
-                self._measure(list(trials))
+                self._measure(list(trials), self._times, median)
         if self.group.size > 1:
-            self._measure(list(self._collectives(sizes)), alone=True)
+            self._measure(list(self._collectives(sizes)), partial(self._waits, self._work(sizes, BEFORE)), mean)
             if self.job["compute"]:
                 self._write("contention", **self._contention(sizes))
 
@@ -87,29 +93,48 @@ class Calibration:
             with Path(self.job["rows"]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"what": what, "ranks": self.group.size, **fields}) + "\n")
 
-    def _measure(self, trials: Sequence[Trial], *, alone: bool = False) -> None:
+    def _measure(self, trials: Sequence[Trial], times: Times, middle: Callable[[Sequence[float]], float]) -> None:
         """Write the times of some trials. Rounds go over all of them, so that what disturbs the machine for a while disturbs each a little."""
         taken: list[list[float]] = [[] for _ in trials]
         for _ in range(1 if self.job["quick"] else ROUNDS):
             for trial, seconds in zip(trials, taken, strict=True):
                 if not seconds or seconds[0] < LONG:
-                    seconds.extend(self._times(trial.make(), alone=alone))
+                    seconds.extend(times(trial.make()))
         for trial, seconds in zip(trials, taken, strict=True):
-            self._write(**trial.row, seconds=median(seconds))
+            self._write(**trial.row, seconds=middle(seconds))
 
-    def _times(self, call: Callable[[], object], *, alone: bool = False) -> list[float]:
-        """Seconds of a call, several times: on any rank, of many calls in a row; or alone behind a barrier, on the slowest rank."""
-        call()
-        first = max(shared[0] for shared in self.group.share([self.device.time(call)]))
+    def _times(self, call: Callable[[], object]) -> list[float]:
+        """Seconds of a call on any rank, several times: of many calls in a row."""
+        first = self._first(call)
         if first >= LONG:
             return [first]
-        loops = 1 if alone else ceil(STRETCH / max(first, 1e-7))
+        loops = ceil(STRETCH / max(first, 1e-7))
         taken = []
         for _ in range(min(REPEATS, max(1, int(BUDGET / (loops * first))))):
             self.group.barrier()
             taken.append(self.device.time(lambda: [call() for _ in range(loops)]) / loops)
-        shared = self.group.share(taken)
-        return [max(ranks) for ranks in zip(*shared, strict=True)] if alone else [seconds for times in shared for seconds in times]
+        return [seconds for times in self.group.share(taken) for seconds in times]
+
+    def _waits(self, work: Callable[[], object], call: Callable[[], object]) -> list[float]:
+        """Seconds of a collective on the rank that comes last, several times, each behind some work."""
+        first = self._first(call)
+        if first >= LONG:
+            return [first]
+        marks: list[tuple[Any, object, Any]] = []
+
+        def calls() -> None:
+            for _ in range(CALLS):
+                work()
+                marks.append((self.device.mark(), call(), self.device.mark()))
+
+        self.device.time(calls)
+        shared = self.group.share([self.device.between(begin, end) for begin, _, end in marks])
+        return [min(ranks) for ranks in zip(*shared, strict=True)]
+
+    def _first(self, call: Callable[[], object]) -> float:
+        """Seconds of a call after one that is not counted, on the slowest rank."""
+        call()
+        return max(shared[0] for shared in self.group.share([self.device.time(call)]))
 
     def _moved(self, sizes: Sizes) -> Iterator[Trial]:
         """An element-wise kernel into fresh space."""
@@ -160,19 +185,20 @@ class Calibration:
                 make = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
                 yield Trial({"what": "collective", "operation": operation, "bytes": travels}, make)
 
+    def _work(self, sizes: Sizes, seconds: float) -> Callable[[], object]:
+        """Products that take so long."""
+        product = self._product(*sizes.work, sizes.dtypes[0])
+        loops = ceil(seconds / median(self._times(product)))
+        return lambda: [product() for _ in range(loops)]
+
     def _contention(self, sizes: Sizes) -> dict[str, float]:
         """Work of a rank, a transfer around the ring that takes longer, and both at once: how long the work took then, and both."""
-        product, longest = self._product(*sizes.work, sizes.dtypes[0]), sizes.collective_bytes[-1]
-        loops = ceil(WORK_SECONDS / median(self._times(product)))
-        rate = longest / median(self._times(collective_call(self.group, "send_recv", longest // ELEMENT_BYTES, self.device.torch_device), alone=True))
+        work, longest = self._work(sizes, WORK_SECONDS), sizes.collective_bytes[-1]
+        rate = longest / mean(self._waits(work, collective_call(self.group, "send_recv", longest // ELEMENT_BYTES, self.device.torch_device)))
         message = torch.rand(int(TRANSFER_FACTOR * WORK_SECONDS * rate) // ELEMENT_BYTES, device=self.device.torch_device)
 
         def transfer() -> Handle:
             return self.group.shift(message, torch.empty_like(message))
-
-        def work() -> None:
-            for _ in range(loops):
-                product()
 
         marks: list[Any] = []
 
