@@ -88,18 +88,16 @@ def _base(named: Any, file: Path) -> Path:
     files = library()
     if not isinstance(named, str) or not named.strip():
         raise CpbenchError(f"{file.name}: extends: {str(named)[:40]!r} is not a scenario.", f"Name one, or a file: {', '.join(files)}.")
-    named = named.strip()
-    if not _is_path(named):
-        if named not in files:
-            error = unknown("scenario", named, files)
-            raise CpbenchError(
-                f"{file.name} extends {named[:40]!r}, which is no scenario.", f"{error.hint} A file is named with its suffix, such as mine.yaml."
-            )
-        return files[named]
-    base = file.parent / named
+    name = named.strip()
+    if not _is_path(name):
+        if name not in files:
+            error = unknown("scenario", name, files)
+            raise CpbenchError(f"{file.name} extends {name[:40]!r}, which is no scenario.", f"{error.hint} A file is named with its suffix, such as mine.yaml.")
+        return files[name]
+    base = file.parent / name
     if not _exists(base):
         hint = f"A path starts at the folder of {file.name}; scenarios by name are {', '.join(files)}."
-        raise CpbenchError(f"{file.name} extends {named[:80]!r}, which is not there.", hint)
+        raise CpbenchError(f"{file.name} extends {name[:80]!r}, which is not there.", hint)
     return base
 
 
