@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,11 @@ def test_a_word_that_is_no_scenario_gets_the_nearest_one() -> None:
         find("long_context")
     assert caught.value.message == "Unknown scenario 'long_context'."
     assert caught.value.hint.startswith("Did you mean 'long_context_")
+
+
+def test_the_example_that_extends_one_of_them_plans(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", (SCENARIOS / "README.md").read_text(), re.DOTALL)
+    file = write(tmp_path, mine=next(text for text in examples if text.startswith("extends: ")))
+    scenario, _ = resolve(load_scenario(file), GPUS)
+    plan = make_plan(scenario, GPUS)
+    assert plan.runnable == plan.cells and scenario.rounds == load_scenario("tp_sp_36k").rounds
