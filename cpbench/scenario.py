@@ -224,6 +224,8 @@ def override(data: dict[str, Any], setting: str) -> dict[str, Any]:
     names = [name.strip() for name in path.split(".")]
     if not equals or not all(names):
         raise CpbenchError(f"{setting[:60]!r} is not a setting.", "Write field=value, for example timing.precision=1%.")
+    if names[0] == EXTENDS:
+        raise CpbenchError("extends is for scenario files.", "Use --scenario NAME for the scenario, and --set for single fields of it.")
     model: type[BaseModel] | None = Scenario
     for depth, name in enumerate(names):
         if model is None:

@@ -1,7 +1,7 @@
 """Scenario files: which ones come with cpbench, what a name or a path means, and what `extends` inherits.
 
-Files are in `scenarios/`, which an installation has beside this module. A file that extends another one has its fields wherever it says
-nothing itself. What the fields mean and whether they fit together is in scenario.py.
+The files are those of `scenarios/` in the repository: a link beside this module leads there, and an installation has them in its place. A file
+that extends another one has its fields wherever it says nothing itself. What the fields mean and whether they fit together is in scenario.py.
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ def test_override_sets_one_field_and_leaves_the_original_alone() -> None:
         ("timing.precison=1", "Unknown scenario field 'timing.precison'"),
         ("timing=1", "timing is a group of fields"),
         ("seq.x=1", "seq has no fields"),
+        ("extends=smoke", "extends is for scenario files"),
         ("seq", "is not a setting"),
         ("=1", "is not a setting"),
         ("seq=[1", "is not a value"),
