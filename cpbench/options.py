@@ -43,7 +43,9 @@ def _rare(name: str, metavar: str, text: str) -> Any:
     return Annotated[str | None, _option(_WHAT, name, metavar, text, hidden=True)]
 
 
-SCENARIO = _path(_WHAT, "--scenario", "YAML with any of the fields below and more; flags override it.")
+SCENARIO = Annotated[
+    Path | None, _option(_WHAT, "--scenario", "NAME|FILE", "One of cpbench list scenarios, or YAML with any field below and more; flags override it.")
+]
 SEQ = _axis("--seq", "LENGTHS", "New tokens per sequence, a comma list: 36k,128k. Default: 36k.")
 BATCH = _axis("--batch", "SIZES", "Sequences per batch, a comma list. Default: 1.")
 LENGTHS = _axis("--lengths", "LENGTHS", "One batch, the new tokens of each sequence: 1003,517,36k; may be repeated. Instead of --seq and --batch.")
@@ -180,7 +182,7 @@ WHERE = _text("What to show", "--where", "FILTER", "Only the cells that it keeps
 FORMAT = _text(_OUTPUT, "--format", "NAME", "text, md (for a pull request), csv, parquet or json. Default: as -o is named, else text.")
 SHOW_OUTPUT = _path(_OUTPUT, "--output -o", "Write a file instead of printing.")
 NAMES = Annotated[list[str], typer.Argument(metavar="NAME", help="Axes and sizes: cp4tp2, pp2cp4u2 (Ulysses 2), cp2tp4/ep4tp2 (experts).", show_default=False)]
-LIST = Annotated[str | None, typer.Argument(metavar="WHAT", help="strategies, kernels, models or partitions; all without it.", show_default=False)]
+LIST = Annotated[str | None, typer.Argument(metavar="WHAT", help="strategies, kernels, models, partitions or scenarios; all without it.", show_default=False)]
 REPORT_FILES = Annotated[list[Path], typer.Argument(metavar="FILE [NEW]", help="A result file; with a newer one, what changed.", show_default=False)]
 REPORT_OUTPUT = _path(_OUTPUT, "--output -o", "The page. Default: NAME.html beside the first file.")
 REPORT_FORCE = _flag(_OUTPUT, "--force", "Overwrite FILE although it is not a report.")

@@ -9,7 +9,6 @@ cells come out of a scenario, and which of them can run, is decided in plan.py.
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,6 +51,7 @@ COMMON_DEFAULTS: dict[str, Any] = {"strategies": ["allgather", "ring", "ulysses"
 NO_NOTE = ("batch", "prefix", *DEGREES[1:], "seq", "layers")  # defaults that go without saying, or that are said in other words
 LAYOUTS = (("layouts",), ("gpus",), DEGREES)  # three ways to say which layouts, of which a scenario has one
 AXES = ("seq", "batch", "prefix", "batches", *DEGREES, "layouts", "gpus")  # lists that are crossed or paired
+EXTENDS = "extends"  # in files alone: the scenario that has the fields which a file leaves out (scenario_files.py)
 
 
 class _Model(BaseModel):
@@ -197,17 +197,15 @@ def parse_scenario(data: dict[str, Any]) -> Scenario:
 
 
 def load_scenario(path: str | Path) -> Scenario:
-    """Read and check a scenario file. Raises CpbenchError."""
+    """Read and check a scenario by path or by name. Raises CpbenchError."""
     return parse_scenario(read_yaml(path))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a scenario file, not checked yet; `name` is the file's where it has none. Raises CpbenchError."""
-    from cpbench.yaml_input import read_mapping
+    """The mapping in a scenario file, or in one that comes with cpbench by name, not checked yet. Raises CpbenchError."""
+    from cpbench.scenario_files import read_file
 
-    data = read_mapping(Path(path))
-    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")
-    return {"name": stem[:80] or "sweep", **data}
+    return read_file(path)
 
 
 def without_replaced(data: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
@@ -226,6 +224,8 @@ def override(data: dict[str, Any], setting: str) -> dict[str, Any]:
     names = [name.strip() for name in path.split(".")]
     if not equals or not all(names):
         raise CpbenchError(f"{setting[:60]!r} is not a setting.", "Write field=value, for example timing.precision=1%.")
+    if names[0] == EXTENDS:
+        raise CpbenchError("extends is for scenario files.", "Use --scenario NAME for the scenario, and --set for single fields of it.")
     model: type[BaseModel] | None = Scenario
     for depth, name in enumerate(names):
         if model is None:
@@ -297,7 +297,10 @@ def _prompt_batch(file: str, folder: str, batches: list[BatchFields] | None) -> 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a scenario file, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Scenario.model_json_schema(), "title": "cpbench scenario"}
+    schema = Scenario.model_json_schema()
+    described = "a scenario by name (cpbench list scenarios), or by path from the folder of this file, that has the fields which are left out here"
+    schema["properties"] = {EXTENDS: {"type": "string", "title": "Extends", "description": described}, **schema["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "cpbench scenario"}
 
 
 if __name__ == "__main__":

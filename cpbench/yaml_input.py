@@ -45,7 +45,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
             raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 10} KiB.", "A scenario is a few lines of YAML: is this the right file?")
         data = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give a scenario file such as scenarios/smoke.yaml.") from error
+        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give the path of a scenario file, or a name of cpbench list scenarios.") from error
     except UnicodeDecodeError as error:
         raise CpbenchError(f"{file} is not text.", "Give a scenario file such as scenarios/smoke.yaml.") from error
     except yaml.YAMLError as error:

@@ -22,17 +22,20 @@ from cpbench.kernels import KERNELS, load_kernel
 from cpbench.layout import Layout
 from cpbench.models.config import ModelConfig
 from cpbench.models.presets import PRESETS
+from cpbench.needs import Needs, needs
 from cpbench.partition import PARTITIONS
 from cpbench.plan import Plan, PlannedCell
 from cpbench.report.console import plain
 from cpbench.report.table import CP_OFF, rough_seconds
 from cpbench.scenario import DEVICE_DEFAULTS, Scenario
+from cpbench.scenario_files import library
 from cpbench.strategies import STRATEGIES
-from cpbench.units import format_bytes
+from cpbench.units import format_bytes, format_count
 
 Justify = Literal["left", "right"]
 TOKENS: tuple[str, Justify] = ("tokens\n/rank", "right")
 MEMORY: tuple[str, Justify] = ("est. mem\n/rank", "right")
+SCENARIOS = "Scenarios: cpbench sweep --scenario NAME, or cpbench project where it does not run here"
 
 
 def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Machine) -> list[str]:
@@ -149,7 +152,24 @@ def partitions(machine: Machine) -> Table:
     return table
 
 
-LISTS: dict[str, Callable[[Machine], Table]] = {"strategies": strategies, "kernels": kernels, "models": models, "partitions": partitions}
+def scenarios(machine: Machine) -> Table:
+    """Plans every scenario that comes with cpbench."""
+    table = _table("scenario", ("ranks", "right"), "model", ("longest\nprompt", "right"), ("about", "right"), "here", title=SCENARIOS)
+    for name, file in library().items():
+        need = needs(name, file, machine)
+        model = f"{need.model}, {need.layers} {'layer' if need.layers == 1 else 'layers'}"
+        about, longest = "-" if need.seconds is None else rough_seconds(need.seconds), format_count(need.tokens) if need.tokens else "-"
+        table.add_row(f"{name}: {need.question}", str(need.ranks or "-"), model, longest, about, _here(need), end_section=True)
+    return table
+
+
+LISTS: dict[str, Callable[[Machine], Table]] = {
+    "strategies": strategies,
+    "kernels": kernels,
+    "models": models,
+    "partitions": partitions,
+    "scenarios": scenarios,
+}
 
 
 def doctor_view(found: Sequence[Finding]) -> list[ConsoleRenderable | str]:
@@ -187,6 +207,14 @@ def _notes(planned: PlannedCell, plan: Plan, machine: Machine) -> list[tuple[str
         notes.append(("may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"))
     threads = size * plan.threads_per_rank(size)
     return [*notes, ("oversubscribed", f"{threads} threads on {plan.cores} cores")] if plan.oversubscribed(size) else notes
+
+
+def _here(need: Needs) -> str:
+    """Whether a scenario runs on this machine, and what of it does not."""
+    if need.seconds is None:
+        return f"no: {need.missing}"
+    crowded = f", {need.threads_per_core:g} threads per core" if need.threads_per_core > 1 else ""
+    return f"yes{crowded}" + (f", but for {need.missing}" if need.missing else "")
 
 
 def _left_out(plan: Plan) -> list[str]:

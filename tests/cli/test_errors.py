@@ -97,6 +97,9 @@ USAGE = {
     "scenario that is not there": "sweep --scenario nowhere.yaml",
     "scenario that is not YAML": "sweep --scenario broken.yaml",
     "scenario with an unknown field": "sweep --scenario misspelt.yaml",
+    "scenario with an unknown name": "sweep --scenario smok",
+    "scenario that extends itself": "sweep --scenario itself.yaml",
+    "scenario that extends nothing": "sweep --scenario baseless.yaml",
     "one variant": "sweep --cp 2 --ab strategy=ring",
     "variants that are the same": "sweep --cp 2 --ab strategy=ring strategy=ring",
     "a variant that is no setting": "sweep --cp 2 --ab ring allgather",
@@ -153,6 +156,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "foreign.jsonl": '{"a": 1}\n{"b": 2}\n',
         "broken.yaml": "seq: [36k\ncp: }",
         "misspelt.yaml": "sequence: 36k\n",
+        "itself.yaml": "extends: itself.yaml\n",
+        "baseless.yaml": "extends: base.yaml\n",
     }
     for name, text in contents.items():
         (tmp_path / name).write_text(text)

@@ -69,7 +69,7 @@ def test_show_reads_a_journal_that_was_cut(cpbench_command: Cpbench, tmp_path: P
     assert len(read(journal).cells) == len(cells) - 1
 
 
-@pytest.mark.parametrize("what", ["strategies", "models", "partitions", "kernels"])
+@pytest.mark.parametrize("what", ["strategies", "models", "partitions", "kernels", "scenarios"])
 def test_list(what: str, cpbench_command: Cpbench, golden: Golden) -> None:
     ran = cpbench_command("list", what)
     assert (ran.code, ran.err) == (0, "")
@@ -78,7 +78,13 @@ def test_list(what: str, cpbench_command: Cpbench, golden: Golden) -> None:
 
 def test_list_shows_everything(cpbench_command: Cpbench) -> None:
     ran = cpbench_command("list")
-    assert [line.split(":")[0] for line in ran.out.splitlines() if ": " in line and line[0].isupper()] == ["Strategies", "Kernels", "Models", "Partitions"]
+    assert [line.split(":")[0] for line in ran.out.splitlines() if ": " in line and line[0].isupper()] == [
+        "Strategies",
+        "Kernels",
+        "Models",
+        "Partitions",
+        "Scenarios",
+    ]
 
 
 def test_list_says_what_a_small_machine_lacks(cpbench_command: Cpbench, machine: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
