@@ -36,6 +36,7 @@ def words(*names: str) -> Callable[[], Sequence[str]]:
 
 # Names whose homes are not imported for them; tests hold them against these.
 LISTED = words("strategies", "kernels", "models", "partitions")
+RETRIED = words("oom", "timeout", "crash", "interrupted", "wrong", "skipped")
 ROUTERS = words("trained", "uniform", "zipf:1.2")
 
 

@@ -106,7 +106,7 @@ RETRY = _rare(
     "--retry",
     "STATUSES",
     "What --resume runs again: oom,timeout,crash,... Default: interrupted.",
-    complete.list_of(complete.words("oom", "timeout", "crash", "interrupted")),
+    complete.list_of(complete.RETRIED),
 )
 FORCE = _flag(_CONTINUE, "--force", "Let --resume continue although the machine or the software has changed.", hidden=True)
 _RARE = (

@@ -15,6 +15,7 @@ from cpbench.models.presets import PRESETS
 from cpbench.partition import PARTITIONS
 from cpbench.plot import FIGURES, FOREST
 from cpbench.report.listing import LISTS
+from cpbench.resume import RETRIED
 from cpbench.scenario import Scenario
 from cpbench.strategies import STRATEGIES
 
@@ -54,6 +55,7 @@ def test_what_is_offered_is_what_there_is() -> None:
     assert set(completion.partitions()) == set(PARTITIONS)
     assert set(completion.figures()) == {*FIGURES, FOREST}
     assert set(completion.LISTED()) == set(LISTS)
+    assert set(completion.RETRIED()) == set(RETRIED)
     assert set(completion.ROUTERS()) == set(RULES)
     assert {name.partition("=")[0].partition(".")[0] for name in completion.settings()} == set(Scenario.model_fields)
     assert completion.choices("target")() == ["prefill", "layer", "attention"]
