@@ -1,8 +1,16 @@
-"""cpbench: measure how to split a long prompt over GPUs.
+"""Measure how to split a long prompt over GPUs.
 
 The command line is the main way in (`cpbench --help`). From Python, `cpbench.load` reads result files, `cpbench.compare` compares two,
-`cpbench.plot` draws them, and `cpbench.project` says what layouts would take on devices that are not here. Importing this package imports
-nothing heavy: torch, pandas and matplotlib are imported where they are used.
+`cpbench.plot` draws them, and `cpbench.project` says what layouts would take on devices that are not here:
+
+    results = cpbench.load("results/*.json")                # all files that match
+    frame = results.to_frame()                              # pandas, one row per cell and metric
+    rings = results.where("strategy==ring and seq>=32k")    # the same files, fewer cells
+    cpbench.compare(results[0], results[1]).to_frame()      # same, faster, slower or unsure, with evidence
+    cpbench.plot.figures(results)["pareto"]                 # a matplotlib figure
+
+What is wrong with files, names or filters raises `cpbench.CpbenchError`. Importing this package imports nothing heavy: torch, pandas and
+matplotlib are imported where they are used.
 """
 
 from __future__ import annotations

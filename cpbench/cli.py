@@ -21,7 +21,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 app = typer.Typer(
     name="cpbench",
     help="Benchmark context parallelism of LLM decoder layers. Lengths are binary: 36k = 36,864 tokens.",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

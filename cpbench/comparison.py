@@ -183,7 +183,7 @@ def compare(
     across: Collection[str] = (),
     names: tuple[str, str] = ("old", "new"),
 ) -> Comparison:
-    """Compare two results, or the cells of one.
+    """Compare two results, or the cells of one: `cpbench.compare(cpbench.load("main.json")[0], cpbench.load("pr.json")[0])`.
 
     metrics: `time`, `memory`, `profile`, `all`, or names. by: `strategy`, `layout` or `cp`, which then may differ; `strategy=ring` names the
     reference. Without it, one file is compared by its variants (--ab). noise: a change that is none, 0.02 is 2%. strict: p for the whole

@@ -13,7 +13,7 @@ USAGE, NOTHING_COMPARABLE, UNREADABLE, SOME_FAILED, ALL_FAILED, INTERRUPTED = 2,
 
 
 class CpbenchError(Exception):
-    """A user's mistake: one sentence, one hint with the nearest valid value, one exit code."""
+    """A user's mistake: one sentence (`message`), one hint with the nearest valid value (`hint`), and the exit code of the command (`exit_code`)."""
 
     def __init__(self, message: str, hint: str = "", exit_code: int = USAGE) -> None:
         super().__init__(message)

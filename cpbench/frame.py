@@ -34,7 +34,10 @@ MAX_WHOLE = 2**53
 
 @dataclass(frozen=True, repr=False)
 class Results(Sequence[ResultFile]):
-    """Several result files. `names` says how each is called in tables and figures: the end of its path, as short as it can be."""
+    """Several result files, as `cpbench.load` returns them: `results[0]` is the first, and `len(results)` says how many.
+
+    `names` says how each is called in tables and figures: the end of its path, as short as it can be.
+    """
 
     files: tuple[ResultFile, ...]
     names: tuple[str, ...]
@@ -98,7 +101,7 @@ class Results(Sequence[ResultFile]):
 
 
 def load(pattern: str | Path | Iterable[str | Path]) -> Results:
-    """Read all files that match a glob pattern, or the given paths, in name order.
+    """Read all files that match a glob pattern, or the given paths, in name order: `cpbench.load("results/*.json")`, `cpbench.load(["a.json", "b.json"])`.
 
     Files that a pattern matches and that are no results (schemas, log-probabilities) are left out. Raises CpbenchError (exit code 4) for a
     damaged file, and where there is no result at all.

@@ -2,7 +2,8 @@
 
 Selection is joint over all keys that a query sees, so a rank needs them in one place, in the order of positions, whatever order they
 arrived in. This module says that order, what a block of queries sees of it, and how many pairs and bytes follow. Pure numbers, without
-torch. Which strategy brings the rows is decided in strategies/, how keys are scored and attended to in kernels/.
+torch; numpy is imported where an order is made. Which strategy brings the rows is decided in strategies/, how keys are scored and attended
+to in kernels/.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from cpbench.paging import Slots
 from cpbench.segments import PlacedBlock, Span
+
+if TYPE_CHECKING:
+    from cpbench.paging import Slots
 
 
 class Visible(NamedTuple):
@@ -93,11 +94,15 @@ class InOrder:
     @cached_property
     def is_identity(self) -> bool:
         """Whether rows were collected in this order already."""
+        import numpy as np
+
         return bool((self.rows == np.arange(len(self.rows))).all())
 
 
 def in_order(queries: Iterable[PlacedBlock], collected: Iterable[PlacedBlock]) -> InOrder:
     """The order of collected blocks, which hold every token of a sequence up to its last one, once."""
+    import numpy as np
+
     of_sequence: dict[int, list[PlacedBlock]] = {}
     for placed in collected:
         of_sequence.setdefault(placed[0].sequence, []).append(placed)

@@ -44,14 +44,14 @@ REPLACED = {  # real ranks, minutes less
 }
 
 
-def commands() -> list[list[str]]:
-    """Every command of the README's sh blocks, comments removed."""
-    lines = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)).splitlines()
+def commands(page: str = README) -> list[list[str]]:
+    """Every command of a page's sh blocks, comments removed."""
+    lines = "".join(re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)).splitlines()
     return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
 
 
-def cpbench_commands() -> list[str]:
-    return [shlex.join(command[1:]) for command in commands() if command[0] == "cpbench"]
+def cpbench_commands(page: str = README) -> list[str]:
+    return [shlex.join(command[1:]) for command in commands(page) if command[0] == "cpbench"]
 
 
 def test_the_two_commands_stand_there_as_they_are() -> None:
@@ -106,24 +106,29 @@ def test_table_is_what_show_prints(request: pytest.FixtureRequest, cpbench_comma
     assert found[2] == block
 
 
-def test_outputs_are_what_commands_print(request: pytest.FixtureRequest, cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_outputs(page: Path, cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch, *, regenerate: bool) -> int:
+    """Hold the outputs of a page against what its commands print, or write them anew. Returns how many there are."""
     monkeypatch.setenv("COLUMNS", TABLE_COLUMNS)
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     found = list(OUTPUT.finditer(text))
-    assert found
     for one in reversed(found):
-        assert one[1] in cpbench_commands()
+        assert one[1] in cpbench_commands(text)
         ran = cpbench_command(*shlex.split(one[1]))
         assert ran.code == 0, ran.err
         block = "\n".join(["```text", *(line.rstrip() for line in ran.out.splitlines()), "```", ""])
-        if request.config.getoption("--regenerate", default=False):
+        if regenerate:
             text = text[: one.start(2)] + block + text[one.end(2) :]
             continue
         assert one[2] == block
-    if request.config.getoption("--regenerate", default=False):
-        (ROOT / "README.md").write_text(text)
-        pytest.skip("wrote the README's outputs")
+    if regenerate and found:
+        page.write_text(text, encoding="utf-8")
+        pytest.skip(f"wrote the outputs of {page.name}")
+    return len(found)
+
+
+def test_outputs_are_what_commands_print(request: pytest.FixtureRequest, cpbench_command: Cpbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_outputs(ROOT / "README.md", cpbench_command, monkeypatch, regenerate=request.config.getoption("--regenerate", default=False))
 
 
 def test_every_flag_is_explained() -> None:
