@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -110,7 +111,7 @@ def _write(file: BinaryIO, text: str) -> None:
 
 def _replace(path: Path, text: str, *, new: bool = False) -> BinaryIO:
     """Put `text` at `path` in one step; the file is locked and stays open for appending. Where it must be `new`, FileExistsError is raised if it is not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # processes of two containers may have one number
     file = cast(BinaryIO, temporary.open("wb", buffering=0))
     try:
         _write(file, text)

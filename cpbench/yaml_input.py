@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
-        if tag := getattr(self.peek_event(), "tag", None):
+        if tag := getattr(self.peek_event(), "tag", None):  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"tags such as {str(tag)[:40]!r} are not allowed")
         self.depth, self.values = self.depth + 1, self.values + 1
         if self.depth > MAX_DEPTH:
