@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import islice, product
 from math import gcd, prod
 from typing import Any
 
@@ -29,6 +29,9 @@ HYBRID = "usp"
 GROUPED = "allgather"  # the strategy that head_groups is for
 COMPILED = "local-map"  # the one that compile is for
 DEGREES = ("pp", "dp", "cp", "tp", "ep")  # as Layout has them
+MAX_CELLS = 1 << 14  # of a scenario; planning so many takes seconds
+MAX_STEPS = 1 << 12  # chunks of a sequence
+MAX_WORK = 1 << 19  # cells, times the sequences of each, times its chunks
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,15 @@ def cells_of(scenario: Scenario, config: ModelConfig, weights: str | None = None
     """
     _require_room(scenario)
     _require_experts(scenario, config)
+    cells = work = 0
     for batch, layout in _combinations(scenario, config):
         if isinstance(layout, LeftOut):
             continue
+        steps = _steps(scenario.chunk, batch)
         for divided, strategy in _algorithms(scenario, config, layout):
+            cells, work = cells + 1, work + len(batch.lengths) * steps
+            if cells > MAX_CELLS or work > MAX_WORK:
+                raise _too_many()
             preferred = STRATEGIES[strategy if divided.cp > 1 else BASELINE].partitions[0]
             partition = scenario.partition if scenario.partition and divided.cp > 1 else preferred
             yield Cell(
@@ -92,6 +100,21 @@ def left_out(scenario: Scenario, config: ModelConfig) -> tuple[LeftOut, ...]:
     return tuple(dict.fromkeys(layout for _, layout in _combinations(scenario, config) if isinstance(layout, LeftOut)))
 
 
+def _steps(chunk: int | None, batch: Batch) -> int:
+    """Chunks of the longest sequence. Raises CpbenchError where they are too many to be planned one by one."""
+    longest = max(batch.lengths)
+    steps = 1 if chunk is None else -(-longest // chunk)
+    if steps > MAX_STEPS:
+        hint = f"At most {MAX_STEPS:,} are planned: the nearest valid value is chunk={-(-longest // MAX_STEPS)}."
+        raise CpbenchError(f"chunk={chunk} cuts {longest:,} tokens into {steps:,} steps.", hint)
+    return steps
+
+
+def _too_many() -> CpbenchError:
+    what = f"more than {MAX_CELLS:,} combinations, or {MAX_WORK:,} sequences and chunks over all of them"
+    return CpbenchError(f"The scenario has {what}.", "Shorten its longest list, or measure it in several sweeps.")
+
+
 def runs_as(name: str, cell: Cell) -> bool:
     """Whether a cell is one of those that a strategy, as it was asked for, stands for: `u4r2` is usp on cp8u4."""
     degrees = hybrid_degrees(name)
@@ -107,6 +130,8 @@ def _combinations(scenario: Scenario, config: ModelConfig) -> Iterator[tuple[Bat
     named = scenario.layouts or scenario.gpus
     axes = [*batches, *([named] if named else [getattr(scenario, name) or [1] for name in DEGREES])]
     longest = max(map(len, axes))
+    if not scenario.pair and prod(map(len, axes)) > MAX_CELLS:
+        raise _too_many()
     rows = zip(*(list(axis) * (longest if len(axis) == 1 else 1) for axis in axes), strict=True) if scenario.pair else product(*axes)
     experts = has_experts(config)
     for row in rows:
@@ -153,7 +178,7 @@ def _named(name: str, model: str, experts: bool) -> Layout | LeftOut:
 
 @lru_cache(maxsize=1 << 10)
 def _every(ranks: int, experts: bool) -> tuple[Layout, ...]:
-    return tuple(all_layouts(ranks, experts))
+    return tuple(islice(all_layouts(ranks, experts), MAX_CELLS + 1))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -230,7 +255,7 @@ def _require_room(scenario: Scenario) -> None:
 def _rooms(scenario: Scenario) -> tuple[str, list[tuple[int, int]]]:
     """The context-parallel degrees, each with the Ulysses degree that it is divided by already, and what to add another one with."""
     if scenario.gpus:
-        return "gpus=", [(cp, 1) for cp in sorted({cp for ranks in scenario.gpus for cp in divisors(ranks)})]
+        return "gpus=", [(cp, 1) for cp in sorted({cp for ranks in set(scenario.gpus) for cp in divisors(ranks)})]
     if scenario.layouts:
         return "layouts=cp", [(layout.cp, layout.ulysses) for layout in map(Layout.parse, scenario.layouts)]
     return "cp=", [(cp, 1) for cp in scenario.cp or [1]]

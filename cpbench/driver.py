@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from cpbench.clock_record import ClockRound
 from cpbench.clocks import Clocks, Unwatched
 from cpbench.environment import Machine, capture, difference, fingerprint
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
-from cpbench.group import GroupFailed, Job, JobCell, run_group
+from cpbench.group import GroupFailed, Job, JobCell, group_folders, run_group
 from cpbench.journal import Journal
 from cpbench.launch import Launcher, Torchrun
 from cpbench.pace import Pace
@@ -86,10 +85,13 @@ def run_sweep(
         environment["resumed_with_changes"] = [list(entry) for entry in changed]
     run = resume.run.model_copy(update={"ended": None, "complete": False}) if resume else new_run(scenario, argv, notes, "profile" if tracing else "sweep")
     results, settled = _opening(plan, resume, set(retry))
-    journal = Journal(output, run, environment, results.values(), resume=resume is not None)
-    with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder, contextlib.closing(journal):
+    with (
+        Stop() as stop,
+        group_folders() as folder,
+        contextlib.closing(Journal(output, run, environment, results.values(), resume=resume is not None)) as journal,
+    ):
         watched = clocks or Unwatched()
-        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or Torchrun(), watched, Path(folder), stop, tracing)
+        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or Torchrun(), watched, folder, stop, tracing)
         progress.begin(plan, output)
         try:
             complete = sweep.run()

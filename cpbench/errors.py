@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 USAGE, NOTHING_COMPARABLE, UNREADABLE, SOME_FAILED, ALL_FAILED, INTERRUPTED = 2, 3, 4, 5, 6, 130
+MAX_NAME = 80  # characters of an unknown name that are shown
 
 
 class CpbenchError(Exception):
@@ -25,6 +26,6 @@ class CpbenchError(Exception):
 def unknown(kind: str, name: str, valid: Iterable[str]) -> CpbenchError:
     """The error for a name that is not in `valid`; the hint names the nearest one first."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name[:MAX_NAME], names, n=1, cutoff=0.4)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    return CpbenchError(f"Unknown {kind} {name!r}.", f"{hint}Valid: {', '.join(names)}.")
+    return CpbenchError(f"Unknown {kind} {name[:MAX_NAME]!r}.", f"{hint}Valid: {', '.join(names)}.")

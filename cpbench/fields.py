@@ -18,6 +18,7 @@ from cpbench.layout import MAX_RANKS, Layout
 from cpbench.units import parse_bytes, parse_count, parse_fraction, parse_seconds
 
 MAX_BATCH = 4096
+MAX_LIST = 1 << 14  # values of a list; no plan has as many cells
 FLAGS = {"strategy": "strategies"}  # flags that are called otherwise than their field
 
 
@@ -61,7 +62,9 @@ def _canonical(value: Any) -> Any:
 def _as_list(value: Any) -> Any:
     """`2,4` and `2` are lists too."""
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list) and len(value) > MAX_LIST:
+        refuse(f"the list has {len(value):,} values.", f"The nearest valid number is {MAX_LIST:,}.")
     return [value] if isinstance(value, int | float) else value
 
 

@@ -10,13 +10,16 @@ import json
 import re
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cpbench.cell import Cell
+from cpbench.errors import CpbenchError
 from cpbench.launch import Handle, Launcher
 from cpbench.measure.history import Owner
 from cpbench.results import Status
@@ -88,11 +91,14 @@ def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, 
 
     `check` is called at every poll and may raise. Raises GroupFailed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     events, path, logs = folder / "events.jsonl", folder / "job.json", folder / "logs"
-    events.touch()
-    path.write_text(json.dumps(job.to_dict(events)), encoding="utf-8")
-    handle = launcher.start(path, job.world_size, job.threads, logs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        events.touch()
+        path.write_text(json.dumps(job.to_dict(events)), encoding="utf-8")
+        handle = launcher.start(path, job.world_size, job.threads, logs)
+    except OSError as error:
+        raise GroupFailed("crash", f"the ranks cannot be started: {error.strerror} ({error.filename or folder})") from error
     watch = _Watch(job, start_timeout, time.monotonic())
     lines = _Lines(events)
     try:
@@ -115,6 +121,17 @@ def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, 
             time.sleep(POLL_SECONDS)
     finally:
         handle.kill()
+
+
+@contextmanager
+def group_folders() -> Iterator[Path]:
+    """Where the folders of groups are while a run lasts. Raises CpbenchError where there is no room for them."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="cpbench-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise CpbenchError(f"No temporary folder can be made: {error.strerror}.", "Set TMPDIR to a folder that you can write.") from error
+    with folder as name:
+        yield Path(name)
 
 
 class _Watch:
@@ -205,7 +222,8 @@ def _diagnose(watch: _Watch, failed_ranks: list[dict[str, Any]], code: int | Non
         return GroupFailed(status, _clean(str(first.get("reason") or "no reason given")), index, rank, tail, owners, first.get("history"))
     when = "" if watch.ready else " before they were ready"
     tail = _all_tails(logs, watch.job.world_size) or _last(handle.output())
-    return GroupFailed("crash", f"the ranks ended with exit code {code}{when}", watch.running, None, tail)
+    ended = f"torchrun was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"the ranks ended with exit code {code}"
+    return GroupFailed("crash", f"{ended}{when}", watch.running, None, tail)
 
 
 def _killed_ranks(output: str) -> list[tuple[int, int]]:

@@ -11,7 +11,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,10 +33,11 @@ class Journal:
         entries = [{"type": "header", "result": header}, *({"type": "cell", "cell": cell.model_dump(mode="json")} for cell in cells)]
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            self._refuse_existing(resume)
-            self._file = self._open("".join(_line(entry) for entry in entries))
+            self._file = self._open("".join(_line(entry) for entry in entries), resume)
+        except FileExistsError as error:
+            raise (self._exists(self.path) if self.path.is_file() else _unwritable(output, error)) from error
         except OSError as error:
-            raise CpbenchError(f"{output} cannot be written: {error.strerror}.", "Choose another file with -o, in a folder that you can write.") from error
+            raise _unwritable(output, error) from error
 
     def add_environment(self, environment: dict[str, Any]) -> None:
         """Record what the running ranks reported."""
@@ -60,19 +62,25 @@ class Journal:
         """Close the file; what was added stays on disk."""
         self._file.close()
 
-    def _refuse_existing(self, resume: bool) -> None:
-        if not resume and (self.output.exists() or self.path.exists()):
-            file = self.output if self.output.exists() else self.path
-            raise CpbenchError(f"{file} exists.", f"Continue it with cpbench sweep --resume -o {self.output}, or choose another file.")
-        if self.path.exists():
-            with self.path.open("rb") as old:
-                _lock(old, self.path)
+    def _open(self, text: str, resume: bool) -> BinaryIO:
+        """Start the journal anew (a last line that was cut short must not be continued) and hold a lock on it.
 
-    def _open(self, text: str) -> BinaryIO:
-        """Start the journal anew (a last line that was cut short must not be continued) and hold a lock on it."""
-        file = _replace(self.path, text)
-        _lock(file, self.path)
+        It is locked before anyone can see it, and of several that start at once one succeeds: a new journal takes the place of none, and
+        one that is continued that of the journal whose lock is held. The file is looked at after the journal, in the order in which `finish` writes.
+        """
+        if not resume and self.output.exists():
+            raise self._exists(self.output)
+        holding: contextlib.AbstractContextManager[BinaryIO | None] = _locked(self.path) if resume else contextlib.nullcontext()
+        with holding as old:
+            file = _replace(self.path, text, new=old is None)
+        if not resume and self.output.exists():  # another one has ended in between
+            self.path.unlink()
+            file.close()
+            raise self._exists(self.output)
         return file
+
+    def _exists(self, file: Path) -> CpbenchError:
+        return CpbenchError(f"{file} exists.", f"Continue it with cpbench sweep --resume -o {self.output}, or choose another file.")
 
     def _append(self, entry: dict[str, Any]) -> None:
         good = self._file.tell()
@@ -101,13 +109,17 @@ def _write(file: BinaryIO, text: str) -> None:
     os.fsync(file.fileno())
 
 
-def _replace(path: Path, text: str) -> BinaryIO:
-    """Put `text` at `path` in one step; the file stays open for appending."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _replace(path: Path, text: str, *, new: bool = False) -> BinaryIO:
+    """Put `text` at `path` in one step; the file is locked and stays open for appending. Where it must be `new`, FileExistsError is raised if it is not."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # processes of two containers may have one number
     file = cast(BinaryIO, temporary.open("wb", buffering=0))
     try:
         _write(file, text)
-        temporary.replace(path)
+        _lock(file, path)
+        if new:
+            _link(temporary, path)
+        else:
+            temporary.replace(path)
     except BaseException:
         file.close()
         temporary.unlink(missing_ok=True)
@@ -115,8 +127,45 @@ def _replace(path: Path, text: str) -> BinaryIO:
     return file
 
 
+def _link(temporary: Path, path: Path) -> None:
+    """Name a file as no other is named."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: what is there is seen, and only what appears in this moment is not
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO | None]:
+    """Hold the lock of the journal that is at `path`; None where there is none."""
+    try:
+        old = path.open("rb")
+    except FileNotFoundError:
+        yield None
+        return
+    with old:
+        _lock(old, path)
+        if not path.exists() or not os.path.samestat(os.fstat(old.fileno()), path.stat()):  # replaced between the two
+            raise _taken(path)
+        yield cast(BinaryIO, old)
+
+
 def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise CpbenchError(f"{path} is being written by another cpbench.", "Wait until it has ended, or choose another file with -o.") from error
+        raise _taken(path) from error
+
+
+def _taken(path: Path) -> CpbenchError:
+    return CpbenchError(f"{path} is being written by another cpbench.", "Wait until it has ended, or choose another file with -o.")
+
+
+def _unwritable(output: Path, error: OSError) -> CpbenchError:
+    return CpbenchError(f"{output} cannot be written: {error.strerror}.", "Choose another file with -o, in a folder that you can write.")

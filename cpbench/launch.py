@@ -69,15 +69,16 @@ class Torchrun:
                 start_new_session=True,  # Ctrl-C reaches the driver only, which then ends the ranks
                 preexec_fn=_end_with_parent(),  # noqa: PLW1509 - it takes no lock, so threads of the display cannot block it
             )
-        return ProcessTree(process, output)
+        return ProcessTree(process, output, job)
 
 
 class ProcessTree:
     """A started launcher and everything below it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], output: Path, job: Path | None = None) -> None:
         self._process = process
         self._output = output
+        self._job = job  # in the command line of every rank
 
     def poll(self) -> int | None:
         return self._process.poll()
@@ -87,22 +88,35 @@ class ProcessTree:
 
     def kill(self) -> None:
         """torchrun gives every rank its own session, so killing a process group is not enough: the tree is stopped, listed, and killed."""
-        import psutil
-
-        if self._process.poll() is not None:
-            return  # torchrun ends after its ranks; if it was killed itself, they notice that their parent is gone
-        try:
-            root = psutil.Process(self._process.pid)
-            root.suspend()  # so that it starts nothing while it is being listed
-            family = [*root.children(recursive=True), root]
-        except psutil.NoSuchProcess:
-            family = []
+        code = self._process.poll()
+        if code is not None and code >= 0:
+            return  # torchrun ends after its ranks
+        family = self._family() if code is None else self._orphans()
         for process in family:
             _quietly(process.kill)
         self._process.wait(timeout=KILL_SECONDS)
         deadline = time.monotonic() + KILL_SECONDS
         while any(map(_alive, family)) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def _family(self) -> list[psutil.Process]:
+        """The launcher and everything below it. It is stopped, so that it starts nothing while it is being listed."""
+        import psutil
+
+        try:
+            root = psutil.Process(self._process.pid)
+            root.suspend()
+            return [*root.children(recursive=True), root]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _orphans(self) -> list[psutil.Process]:
+        """Ranks whose launcher was killed: those that still import torch have not asked yet to end with it."""
+        import psutil
+
+        if self._job is None:
+            return []
+        return [process for process in psutil.process_iter(["cmdline"]) if str(self._job) in (process.info["cmdline"] or [])]
 
 
 def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:

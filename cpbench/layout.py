@@ -199,7 +199,7 @@ def _parse(text: str, name: str, axes: dict[str, str]) -> dict[str, int]:
         if axis not in axes:
             where = "in front of" if axes is NAMES else "behind"
             hint = HINT if axis not in (*NAMES, *MOE_NAMES) else f"The axes {where} the slash are {', '.join(axes)}; for example cp2tp4/ep4tp2."
-            raise CpbenchError(f"Layout {name[:40]!r} names the unknown axis {axis!r}.", hint)
+            raise CpbenchError(f"Layout {name[:40]!r} names the unknown axis {axis[:20]!r}.", hint)
         if found.count(axis) > 1:
             raise CpbenchError(f"Layout {name[:40]!r} names the axis {axis!r} twice.", HINT)
     return {axes[axis]: int(size) for axis, size in parts}

@@ -7,7 +7,6 @@ gets the lengths that come next as long as all fit; the first one that does not 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -20,7 +19,7 @@ from cpbench.cell_failure import failed, with_history
 from cpbench.environment import Machine, capture
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.formulas import weights_bytes
-from cpbench.group import GroupFailed, Job, JobCell, run_group
+from cpbench.group import GroupFailed, Job, JobCell, group_folders, run_group
 from cpbench.journal import Journal
 from cpbench.launch import Launcher, Torchrun
 from cpbench.longest import Search
@@ -126,10 +125,10 @@ def run_maxseq(
     """Search for every cell of a plan, from its length on, and write the result file. Raises CpbenchError where that cannot be written."""
     run = new_run(scenario, argv, list(notes), "maxseq")
     environment = capture(machine) | {"running": {}}
-    with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder:
+    with Stop() as stop, group_folders() as folder:
         journal = Journal(output, run, environment)
         with contextlib.closing(journal):
-            trials = _Trials(scenario, plan, environment, journal, progress, launcher or Torchrun(), Path(folder), stop)
+            trials = _Trials(scenario, plan, environment, journal, progress, launcher or Torchrun(), folder, stop)
             complete = True
             try:
                 for planned in plan.cells:

@@ -8,6 +8,7 @@ Nothing is started here and torch is imported only to ask a kernel that was name
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -305,21 +306,24 @@ def _requested(scenario: Scenario, planned: list[PlannedCell]) -> Iterator[tuple
     strategies = scenario.strategies or []
     every = {name for name in STRATEGIES if name != BASELINE}
     implied = set(COMMON_DEFAULTS["strategies"]) if strategies == COMMON_DEFAULTS["strategies"] else every if every <= set(strategies) else set()
-    for name in strategies if any(p.cell.layout.cp > 1 for p in planned) else []:
+    for name in dict.fromkeys(strategies) if any(p.cell.layout.cp > 1 for p in planned) else ():
         if name not in implied:
             able = [p for p in planned if p.cell.partition in STRATEGIES[p.cell.strategy].partitions]
             yield f"strategy={name}", [p for p in able if runs_as(name, p.cell)]
     sizes = [(axis, size) for axis in ("tp", "pp", "cp", "dp") for size in getattr(scenario, axis) or [] if size > 1]
-    for axis, size in [*sizes, *([("cp", 1)] if 1 in (scenario.cp or []) else [])]:
+    for axis, size in dict.fromkeys([*sizes, *([("cp", 1)] if 1 in (scenario.cp or []) else [])]):
         yield f"{axis}={size}", [p for p in planned if p.cell.layout.size(axis) == size]
     named: dict[Layout, list[PlannedCell]] = {Layout.parse(name): [] for name in scenario.layouts or []}
     for p in planned if named else []:  # a hybrid has divided a layout that left it open
         (named[p.cell.layout] if p.cell.layout in named else named[replace(p.cell.layout, ulysses=1)]).append(p)
     yield from ((str(layout), cells) for layout, cells in named.items())
-    for batch in [fields.batch for fields in scenario.batches or []]:
-        yield f"lengths={batch.label}", [p for p in planned if Batch(p.cell.lengths, p.cell.prefixes) == batch]
-    for seq in scenario.seq or []:
-        yield f"seq={seq}", [p for p in planned if p.cell.lengths[0] == seq]
+    of_batch: defaultdict[Batch, list[PlannedCell]] = defaultdict(list)
+    of_seq: defaultdict[int, list[PlannedCell]] = defaultdict(list)
+    for p in planned:
+        of_batch[Batch(p.cell.lengths, p.cell.prefixes)].append(p)
+        of_seq[p.cell.lengths[0]].append(p)
+    yield from ((f"lengths={batch.label}", of_batch[batch]) for batch in [fields.batch for fields in scenario.batches or []])
+    yield from ((f"seq={seq}", of_seq[seq]) for seq in scenario.seq or [])
 
 
 def impossible(asked: str, reason: str) -> CpbenchError:

@@ -25,7 +25,7 @@ def read_prompt(folder: str | Path, file: str | Path) -> list[int]:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give --prompt a text file.") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # of its name too
         raise CpbenchError(f"{file} is not UTF-8 text.", "Give --prompt a text file.") from error
     ids: list[int] = _tokenizer(str(folder)).encode(text).ids
     if not ids:
@@ -46,7 +46,11 @@ def token_text(folder: str | Path, token: int) -> str:
 @lru_cache(maxsize=1)
 def _tokenizer(folder: str) -> Any:
     file = Path(folder) / TOKENIZER
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         raise CpbenchError(f"{folder} holds no {TOKENIZER}.", f"Put the model's {TOKENIZER} there, or give lengths (--seq) instead of --prompt.")
     try:
         from tokenizers import Tokenizer

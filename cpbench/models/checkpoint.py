@@ -22,7 +22,10 @@ from cpbench.models.parameters import HEAD, parameters
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-MAX_JSON_BYTES = 100_000_000  # of a header or an index: the limit that the format itself sets for headers
+MAX_JSON_BYTES = 16 << 20  # of a header or an index: a hundred thousand tensors, and 400 MB as objects where it holds nothing but brackets
+MAX_DIMENSIONS, MAX_NUMBER, MAX_DTYPE = 16, 1 << 62, 16  # of a shape, of its numbers, and of the characters of a dtype
+MAX_FILE_NAME = 255
+MAX_COMPARED = 2000  # names that are compared for the nearest one
 SAMPLE_BYTES = 4096  # of each file's values, so that the identity tells fine-tuned weights from their base
 # fmt: off
 DTYPE_BYTES = {
@@ -58,10 +61,13 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Read the headers of a folder. Raises CpbenchError that names the file, and the tensor if it is about one."""
         folder = Path(folder)
-        if not folder.is_dir():
-            raise CpbenchError(f"{folder} is no folder.", "Give --weights the folder that holds config.json and *.safetensors.")
-        placed = _index(folder)
-        names = sorted(set(placed.values())) if placed is not None else _unindexed(folder)
+        try:
+            if not folder.is_dir():
+                raise CpbenchError(f"{folder} is no folder.", "Give --weights the folder that holds config.json and *.safetensors.")
+            placed = _index(folder)
+            names = sorted(set(placed.values())) if placed is not None else _unindexed(folder)
+        except OSError as error:
+            raise CpbenchError(f"{error.filename} cannot be read: {error.strerror}.", GET_AGAIN) from error
         tensors: dict[str, Stored] = {}
         identity = hashlib.sha256()
         for name in names:
@@ -137,7 +143,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
         raise CpbenchError(f"{INDEX} has no weight_map from tensors to files.", GET_AGAIN)
     for tensor, name in placed.items():
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name.encode(errors="replace")) > MAX_FILE_NAME:
             raise CpbenchError(f"{INDEX} places tensor {tensor[:200]} in {name[:200]!r}, which is no safetensors file beside it.", GET_AGAIN)
         if not (folder / name).is_file():
             raise CpbenchError(f"{INDEX} names {name} (tensor {tensor[:200]}), which is not in {folder}.", GET_AGAIN)
@@ -190,7 +196,8 @@ def _tensors(entries: dict[str, Any], size: int, name: str) -> dict[str, Stored]
         where = f"tensor {tensor[:200]} in {name}"
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            sound = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in [*shape, start, end])
+            sound = isinstance(dtype, str) and len(dtype) <= MAX_DTYPE and isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS
+            sound = sound and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in [*shape, start, end])
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
@@ -225,7 +232,7 @@ def _nearest(name: str, names: Iterable[str]) -> str | None:
     """The name of the same layer that is spelled most alike; all names of a checkpoint would be too many to compare."""
     layer = LAYER.match(name)
     same = [other for other in names if (layer is None) == (LAYER.match(other) is None) and other.startswith(layer[0] if layer else "")]
-    return next(iter(difflib.get_close_matches(name, same, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(name[:200], same[:MAX_COMPARED], n=1, cutoff=0.6)), None)
 
 
 def _shown(shape: tuple[int, ...] | list[int]) -> str:

@@ -5,10 +5,14 @@ Pure data: no torch. The layers that these numbers describe are in the other mod
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpbench.errors import CpbenchError
+
+MAX_SIZE = 1 << 31  # of any number of a config; real ones are far below
+MAX_COUNT = 1 << 16  # of what is gone through one by one: layers, heads, experts
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,12 @@ class ModelConfig:
         for field in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CpbenchError(f"Model {self.name!r} has {field} = {value!r}.", f"{field} must be a whole number of at least 1.")
+                raise CpbenchError(f"Model {self.name!r} has {field} = {repr(value)[:60]}.", f"{field} must be a whole number of at least 1.")
+            most = MAX_COUNT if field in ("layers", "heads", "kv_heads") else MAX_SIZE
+            if value > most:
+                raise CpbenchError(f"Model {self.name!r} has {field} above {most:,}.", f"The nearest valid value is {most}.")
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0 and math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise CpbenchError(f"Model {self.name!r} has rope_theta {self.rope_theta} and norm_eps {self.norm_eps}.", "Qwen3 has 1e6 and 1e-6.")
         if self.heads % self.kv_heads:
             near = max(n for n in range(1, self.kv_heads + 1) if self.heads % n == 0)
             raise CpbenchError(

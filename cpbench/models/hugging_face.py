@@ -6,17 +6,20 @@ A config is untrusted and may ask for anything. What would change the answers is
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cpbench.errors import CpbenchError, unknown
-from cpbench.models.config import Experts, Indexer, LatentAttention, LlamaRope, ModelConfig, Yarn
+from cpbench.models.config import MAX_COUNT, MAX_SIZE, Experts, Indexer, LatentAttention, LlamaRope, ModelConfig, Yarn
 
 Raw = dict[str, Any]
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_SHOWN = 60  # characters of a value in a message
+COUNTED = ("num_experts", "num_local_experts", "n_routed_experts", "n_group", "topk_group", "first_k_dense_replace")
 WINDOWS = ("sliding_window_size", "attention_window_size", "attention_window", "window_size", "local_attention", "local_attention_window_len")
 OFF_UNLESS_SAID = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # their sliding_window counts only with use_sliding_window
 SINKS_IN_THE_CODE = ("gpt_oss",)  # model types whose attention has sinks without a field that says so
@@ -45,8 +48,8 @@ ROPE_FIELDS = YARN_FIELDS | {"rope_type", "type", "rope_theta"}
 def from_hugging_face(path: str | Path) -> ModelConfig:
     """Read a Hugging Face config.json, or the folder that holds one. Raises CpbenchError with what is wrong in it."""
     file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
     try:
+        file = file / "config.json" if file.is_dir() else file
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise CpbenchError(f"{file} is larger than 1 MiB.", "A config.json is a few kilobytes: is this the right file?")
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -61,7 +64,8 @@ def from_hugging_face(path: str | Path) -> ModelConfig:
 
 def _read(raw: Raw, file: Path) -> ModelConfig:
     architectures = raw.get("architectures") or ["(none)"]
-    architecture = str(architectures[0]) if isinstance(architectures, list) else str(architectures)
+    first = architectures[0] if isinstance(architectures, list) else architectures
+    architecture = first if isinstance(first, str) else _shown(first)
     asked = _unsupported_attention(raw, architecture)
     if asked:
         what, field = asked
@@ -79,7 +83,7 @@ def _read(raw: Raw, file: Path) -> ModelConfig:
     except KeyError as error:
         raise CpbenchError(f"{file} lacks {error.args[0]!r}.", "Give a complete config.json.") from error
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise CpbenchError(f"{file} holds a value of the wrong type: {error}.", "Give the config.json of a Hugging Face model.") from error
+        raise CpbenchError(f"{file} holds a value of the wrong type: {str(error)[:MAX_SHOWN]}.", "Give the config.json of a Hugging Face model.") from error
 
 
 def _common(raw: Raw, file: Path) -> Raw:
@@ -92,8 +96,8 @@ def _common(raw: Raw, file: Path) -> Raw:
         "heads": raw["num_attention_heads"],
         "intermediate": raw["intermediate_size"],
         "vocab": raw["vocab_size"],
-        "rope_theta": float(rope["rope_theta"] if "rope_theta" in rope else raw.get("rope_theta", 1e4)),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "rope_theta": _number(rope["rope_theta"] if "rope_theta" in rope else raw.get("rope_theta", 1e4)),
+        "norm_eps": _number(raw.get("rms_norm_eps", 1e-6)),
         "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "yarn": None if _is_llama_rope(rope) else _yarn(rope, file),
         "llama_rope": _llama_rope(rope, file) if _is_llama_rope(rope) else None,
@@ -166,7 +170,7 @@ def _deepseek_experts(raw: Raw, file: Path, version: int) -> Experts:
         scoring=scoring,
         correction=version != 2,
         normalised=normalised,
-        scale=float(raw.get("routed_scaling_factor", 1.0)),
+        scale=_number(raw.get("routed_scaling_factor", 1.0)),
     )
     return _checked(experts, file)
 
@@ -228,12 +232,12 @@ def _yarn(rope: Raw, file: Path) -> Yarn | None:
     if bool(mscale) != bool(all_dim):
         raise _not_computed(file, f"mscale = {_shown(mscale)} with mscale_all_dim = {_shown(all_dim)}", "Give both or none.")
     yarn = Yarn(
-        factor=float(rope["factor"]),
+        factor=_number(rope["factor"]),
         original=_whole(rope, "original_max_position_embeddings", file),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(mscale or 1),
-        mscale_all_dim=float(all_dim or 0),
+        beta_fast=_number(rope.get("beta_fast") or 32),
+        beta_slow=_number(rope.get("beta_slow") or 1),
+        mscale=_number(mscale or 1),
+        mscale_all_dim=_number(all_dim or 0),
     )
     if yarn.factor < 1:
         raise CpbenchError(f"{file} has the RoPE factor {yarn.factor:g}.", "A factor stretches positions: it is at least 1.")
@@ -246,9 +250,8 @@ def _is_llama_rope(rope: Raw) -> bool:
 
 def _llama_rope(rope: Raw, file: Path) -> LlamaRope:
     """Scaled frequencies of Llama 3.1."""
-    found = LlamaRope(
-        float(rope["factor"]), _whole(rope, "original_max_position_embeddings", file), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    )
+    factor, low, high = (_number(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    found = LlamaRope(factor, _whole(rope, "original_max_position_embeddings", file), low, high)
     if found.factor < 1 or not 0 < found.low < found.high:
         what = f"factor {found.factor:g}, low_freq_factor {found.low:g} and high_freq_factor {found.high:g}"
         raise CpbenchError(f"{file} has RoPE of {what}.", "The factor is at least 1, and low_freq_factor below high_freq_factor; Llama 3.1 has 8, 1 and 4.")
@@ -256,10 +259,18 @@ def _llama_rope(rope: Raw, file: Path) -> LlamaRope:
 
 
 def _whole(raw: Raw, name: str, file: Path, least: int = 1) -> int:
-    value = raw[name]
-    if type(value) is not int or value < least:
-        raise CpbenchError(f"{file} has {name} = {_shown(value)}.", f"{name} is a whole number of at least {least}.")
+    value, most = raw[name], MAX_COUNT if name in COUNTED else MAX_SIZE
+    if type(value) is not int or not least <= value <= most:
+        raise CpbenchError(f"{file} has {name} = {_shown(value)}.", f"{name} is a whole number from {least} to {most:,}.")
     return value
+
+
+def _number(value: Any) -> float:
+    """What a layer can compute with. Raises ValueError, TypeError or OverflowError."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no number")
+    return number
 
 
 def _not_computed(file: Path, what: str, hint: str) -> CpbenchError:
@@ -282,7 +293,9 @@ def _unsupported_attention(raw: Raw, architecture: str) -> tuple[str, str] | Non
     if isinstance(kinds, list):
         others = [kind for kind in kinds if kind not in FULL_ATTENTION]
         named = {"sliding_attention": "a sliding window", "chunked_attention": "attention in chunks"}
-        return (named.get(str(others[0]), f"layers of type {others[0]!r}"), "layer_types") if others else None
+        text = others[0] if others and isinstance(others[0], str) else ""
+        what = f"layers of type {repr(text[:MAX_SHOWN]) if text else _shown(others[0])}" if others else ""
+        return (named.get(text, what), "layer_types") if others else None
     if raw.get("attention_chunk_size"):
         return "attention in chunks", "attention_chunk_size"
     window = next((field for field in WINDOWS if raw.get(field)), None) or _sliding_window(raw, architecture)
@@ -303,5 +316,8 @@ def _sliding_window(raw: Raw, architecture: str) -> str | None:
 
 def _shown(value: Any) -> str:
     """A value of a config in few characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "nested lists"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

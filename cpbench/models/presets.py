@@ -56,6 +56,13 @@ def load_config(name: str) -> ModelConfig:
     """A preset by name, or a Hugging Face config.json (or the folder that holds it) by path. Raises CpbenchError."""
     if name in PRESETS:
         return PRESETS[name]
-    if "/" in name or name.endswith(".json") or Path(name).exists():
+    if "/" in name or name.endswith(".json") or _is_there(name):
         return from_hugging_face(name)
     raise unknown("model", name, PRESETS)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a name that no file can have
+        return False

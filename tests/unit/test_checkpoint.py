@@ -157,7 +157,7 @@ def test_what_old_checkpoints_store_and_layers_that_do_not_run_are_no_reason_to_
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("num_hidden_layers", 5, "model.layers.2"), ("vocab_size", 301, "embed_tokens"), ("num_hidden_layers", 10**9, "model.layers.2")],
+    [("num_hidden_layers", 5, "model.layers.2"), ("vocab_size", 301, "embed_tokens"), ("num_hidden_layers", 60_000, "model.layers.2")],
 )
 def test_a_config_that_contradicts_its_tensors_is_refused(folder, field, value, message):
     raw = json.loads((folder / "config.json").read_text())
@@ -199,6 +199,8 @@ def entry(**changes):
         (lambda folder: header(folder, entry(data_offsets="x")), "The header entry of tensor model.norm.weight in model.safetensors"),
         (lambda folder: header(folder, entry(shape=[65])), r"bytes of tensor model.norm.weight in model.safetensors are not those of F32 \[65\]"),
         (lambda folder: header(folder, entry(shape=[True])), "The header entry of tensor model.norm.weight"),
+        (lambda folder: header(folder, entry(shape=[10**400] * 9)), "The header entry of tensor model.norm.weight"),
+        (lambda folder: header(folder, entry(shape=[1] * 17)), "The header entry of tensor model.norm.weight"),
         (lambda folder: header(folder, entry(data_offsets=[0, 256])), "begin at"),
         (lambda folder: (folder / SINGLE).unlink(), r"holds no \*\.safetensors"),
         (lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"), r"holds pickled weights \(pytorch_model\.bin\)"),
@@ -224,6 +226,7 @@ def test_bytes_behind_the_last_tensor_are_refused(folder):
             r"places tensor model\.norm\.weight in '\.\./model\.safetensors', which is no safetensors file beside it",
         ),
         ({"model.norm.weight": "config.json"}, "which is no safetensors file beside it"),
+        ({"model.norm.weight": "a" * 5000 + ".safetensors"}, "which is no safetensors file beside it"),
         ({"model.norm.weight": 3}, "has no weight_map"),
         ({"model.absent": "a.safetensors"}, r"places tensor model\.absent in a\.safetensors, which does not hold it"),
         ([], "has no weight_map"),

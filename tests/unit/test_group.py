@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cpbench.group import _clean, _killed_ranks, _Lines
+from cpbench.group import GroupFailed, Job, _clean, _killed_ranks, _Lines, run_group
+from tests.unit.fakes import FakeLauncher
 
 # printed by torch 2.13 for two ranks of which rank 1 killed itself; the host name is replaced
 SUMMARY = """
@@ -57,3 +58,11 @@ def test_log_lines_are_short_and_do_not_name_the_host(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "gethostname", lambda: "secret-host-7")
     assert _clean("[secret-host-7]:29500 failed  \n") == "[<host>]:29500 failed"
     assert len(_clean("x" * 10_000)) == 400
+
+
+def test_ranks_that_cannot_be_started_are_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "full").write_text("")
+    job = Job(1, 0, "cpu", 1, False, 1, {}, 1.0, ())
+    with pytest.raises(GroupFailed) as caught:
+        next(run_group(FakeLauncher(), job, tmp_path / "full" / "1", 1.0, lambda: None))
+    assert caught.value.status == "crash" and caught.value.reason.startswith("the ranks cannot be started: Not a directory")

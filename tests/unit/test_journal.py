@@ -130,3 +130,36 @@ def test_a_full_disk_gives_one_sentence_and_leaves_whole_lines(tmp_path: Path, m
         assert str(tmp_path / "r.jsonl") in caught.value.hint and caught.value.exit_code == 5
     assert [cell.id for cell in read(tmp_path / "r.jsonl").cells] == [CELLS[0].id]
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_of_sweeps_that_start_at_once_one_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, others = journal._write, []
+
+    def late(file: object, text: str) -> None:
+        """Another one starts when this one has looked and not yet written."""
+        monkeypatch.setattr(journal, "_write", write)
+        others.append(Journal(tmp_path / "r.json", RUN, {}, [done(0)]))
+        write(file, text)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(journal, "_write", late)
+    with pytest.raises(CpbenchError, match="exists"):
+        Journal(tmp_path / "r.json", RUN, {})
+    others[0].add_cell(done(1))
+    assert [cell.id for cell in read(tmp_path / "r.jsonl").cells] == [CELLS[0].id, CELLS[1].id]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+def test_a_journal_that_was_replaced_while_its_lock_was_waited_for_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal(tmp_path / "r.json", RUN, {}).close()
+    lock, others = journal._lock, []
+
+    def late(file: object, path: Path) -> None:
+        monkeypatch.setattr(journal, "_lock", lock)
+        others.append(Journal(tmp_path / "r.json", RUN, {}, resume=True))
+        lock(file, path)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(journal, "_lock", late)
+    with pytest.raises(CpbenchError, match="another cpbench"):
+        Journal(tmp_path / "r.json", RUN, {}, resume=True)
+    others[0].add_cell(done(1))
+    assert [cell.id for cell in read(tmp_path / "r.jsonl").cells] == [CELLS[1].id]

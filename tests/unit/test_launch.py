@@ -29,11 +29,11 @@ def test_ranks_inherit_the_environment_with_their_threads_and_the_loopback_inter
     assert rank_environment({"GLOO_SOCKET_IFNAME": "eth7"}, 1)["GLOO_SOCKET_IFNAME"] == "eth7"
 
 
-def tree(tmp_path: Path, script: str) -> tuple[ProcessTree, Path]:
+def tree(tmp_path: Path, script: str, job: Path | None = None) -> tuple[ProcessTree, Path]:
     output = tmp_path / "out"
     with output.open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-c", script], stdout=stream, start_new_session=True)
-    return ProcessTree(process, output), output
+    return ProcessTree(process, output, job), output
 
 
 def test_kill_ends_children_in_sessions_of_their_own(tmp_path: Path) -> None:
@@ -61,6 +61,22 @@ def test_an_ended_process_keeps_its_exit_code(tmp_path: Path) -> None:
         time.sleep(0.01)
     handle.kill()
     assert handle.poll() == 3
+
+
+def test_ranks_of_a_launcher_that_was_killed_are_found_by_their_job(tmp_path: Path) -> None:
+    job = tmp_path / "job.json"
+    rank_command = f"[sys.executable, '-c', 'import time; time.sleep(60)', {str(job)!r}]"
+    script = f"import subprocess, sys, time; print(subprocess.Popen({rank_command}).pid, flush=True); time.sleep(60)"
+    handle, output = tree(tmp_path, script, job)
+    deadline = time.monotonic() + 20
+    while not handle.output().strip() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    rank = psutil.Process(int(output.read_text()))
+    handle._process.kill()
+    handle._process.wait()
+    assert _alive(rank)
+    handle.kill()
+    assert not _alive(rank)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")

@@ -133,6 +133,10 @@ def test_a_folder_with_a_config_is_a_model(tmp_path):
         ({"hidden_act": "gelu"}, 'asks for hidden_act = "gelu"'),
         ({"use_sliding_window": True, "sliding_window": 4096}, "sliding window"),
         ({"num_attention_heads": 0}, "wrong type|heads"),
+        ({"num_key_value_heads": 10**12}, "has kv_heads above 65,536"),
+        ({"rope_theta": float("nan")}, "wrong type: nan is no number"),
+        ({"rms_norm_eps": 10**400}, "wrong type"),
+        ({"hidden_size": [1] * 3000}, r"has hidden = \[1, 1, .{0,60}\.$"),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused_by_name(tmp_path, changes, message):

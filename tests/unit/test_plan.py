@@ -145,6 +145,11 @@ def test_a_default_strategy_that_cannot_run_is_not_the_users_mistake() -> None:
         ({"ep": "4"}, "cp1/ep4 cannot run: ep=4 does not divide the ranks of a stage, and qwen3-tiny has no experts", "The nearest valid layout is cp1."),
         ({"ep": "2", "cp": "4"}, "cp4/ep2tp2 cannot run: qwen3-tiny has no experts to divide.", "The nearest valid layout is cp4."),
         ({"kernel": "sdpa"}, "Kernel 'sdpa' cannot run here: ", "kernel=auto"),
+        ({"seq": "1M", "chunk": 2}, "chunk=2 cuts 1,048,576 tokens into 524,288 steps.", "the nearest valid value is chunk=256."),
+        ({"seq": ",".join(map(str, range(1, 9000))), "cp": "1,2"}, "The scenario has more than 16,384 combinations", "Shorten its longest list"),
+        ({"seq": ",".join(map(str, range(1, 5000))), "batch": 4096}, "The scenario has more than 16,384 combinations", "several sweeps"),
+        ({"seq": "1," * 20_000}, "seq: the list has 20,000 values.", "The nearest valid number is 16,384."),
+        ({"model": "a" * 5000}, f"Unknown model '{'a' * 80}'.", "qwen3-tiny"),
     ],
 )
 def test_a_value_with_which_nothing_can_run_is_refused(fields: dict[str, Any], message: str, hint: str) -> None:
