@@ -30,10 +30,27 @@ app = typer.Typer(
 def main() -> None:
     """The entry point. Ends the process with the exit code."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        sys.exit(_here_or_inside(sys.argv[1:]))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
+
+
+def _here_or_inside(arguments: list[str]) -> int:
+    """One command in this process, or by the processes of a launch that this one is inside of."""
+    from cpbench.cluster.place import place_of
+
+    try:
+        place = place_of(os.environ)
+        if place is None:
+            return run(arguments)
+        from cpbench.cluster.session import take_part
+
+        return take_part(place, lambda: run(arguments))
+    except CpbenchError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run(arguments: list[str]) -> int:

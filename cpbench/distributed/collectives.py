@@ -391,8 +391,16 @@ def backend_available(kind: str) -> bool:
 
 
 def start_process_groups(device: torch.device) -> None:
-    """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else.
+
+    Raises ConnectionError where the other ranks cannot be reached.
+    """
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        met = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        text = f"cannot meet the other ranks at {met}; ports of rank 0's host must be open to all nodes ({str(error).splitlines()[0]})"
+        raise ConnectionError(text) from error
 
 
 def _fused() -> Any:
