@@ -259,6 +259,31 @@ def calibrate(
 
 
 @app.command()
+def launch(
+    system: options.LAUNCH_SYSTEM,
+    command: options.LAUNCH_COMMAND = None,
+    nodes: options.LAUNCH_NODES = 2,
+    gpus_per_node: options.LAUNCH_GPUS = 8,
+    ranks_per_node: options.LAUNCH_RANKS = None,
+    name: options.LAUNCH_NAME = "cpbench",
+    image: options.LAUNCH_IMAGE = None,
+    partition: options.LAUNCH_PARTITION = None,
+    account: options.LAUNCH_ACCOUNT = None,
+    time: options.LAUNCH_TIME = None,
+    kind: options.LAUNCH_KIND = "trainjob",
+    namespace: options.LAUNCH_NAMESPACE = None,
+    claim: options.LAUNCH_CLAIM = None,
+) -> int:
+    """Print what starts a command on several nodes: an sbatch script, or a manifest for Kubernetes. Submits nothing."""
+    from cpbench.cluster.manifest import Asked, text_of
+    from cpbench.report import console
+
+    asked = Asked(nodes, gpus_per_node, ranks_per_node, partition, account, time, image, kind, namespace, claim, name)
+    console.show_json(text_of(system, asked, command or []))
+    return 0
+
+
+@app.command()
 def show(
     files: options.FILES,
     where: options.WHERE = None,

@@ -24,8 +24,7 @@ from cpbench.environment import Machine, capture, difference, fingerprint
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.group import GroupFailed, Job, JobCell, run_group
 from cpbench.journal import Journal
-from cpbench.launch import Launcher, LostRank
-from cpbench.launch import launcher as launcher_here
+from cpbench.launch import Launcher, LostRank, Torchrun, inside_launch
 from cpbench.pace import Pace
 from cpbench.plan import Plan, PlannedCell
 from cpbench.prompt import read_prompt, token_text
@@ -90,7 +89,7 @@ def run_sweep(
     journal = Journal(output, run, environment, results.values(), resume=resume is not None)
     with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder, contextlib.closing(journal):
         watched = clocks or Unwatched()
-        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or launcher_here(), watched, Path(folder), stop, tracing)
+        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or inside_launch() or Torchrun(), watched, Path(folder), stop, tracing)
         progress.begin(plan, output)
         try:
             complete = sweep.run()

@@ -69,10 +69,10 @@ class Launch(Protocol):
 LAUNCH: ContextVar[Launch | None] = ContextVar("launch", default=None)
 
 
-def launcher(module: str = WORKER) -> Launcher:
-    """What starts ranks here: the launch that this process is inside of, else torchrun on this machine."""
+def inside_launch(module: str = WORKER) -> Launcher | None:
+    """What starts ranks on the processes of the launch that this one is inside of; None where it is in none."""
     launch = LAUNCH.get()
-    return launch.launcher(module) if launch else Torchrun(module)
+    return launch.launcher(module) if launch else None
 
 
 class Torchrun:

@@ -22,8 +22,7 @@ from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.formulas import weights_bytes
 from cpbench.group import GroupFailed, Job, JobCell, run_group
 from cpbench.journal import Journal
-from cpbench.launch import Launcher, LostRank
-from cpbench.launch import launcher as launcher_here
+from cpbench.launch import Launcher, LostRank, Torchrun, inside_launch
 from cpbench.longest import Search
 from cpbench.plan import Plan, PlannedCell, unsupported
 from cpbench.records import merge_record, not_measured
@@ -130,7 +129,7 @@ def run_maxseq(
     with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder:
         journal = Journal(output, run, environment)
         with contextlib.closing(journal):
-            trials = _Trials(scenario, plan, environment, journal, progress, launcher or launcher_here(), Path(folder), stop)
+            trials = _Trials(scenario, plan, environment, journal, progress, launcher or inside_launch() or Torchrun(), Path(folder), stop)
             complete, lost = True, None
             try:
                 for planned in plan.cells:
