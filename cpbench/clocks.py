@@ -122,7 +122,7 @@ class Cores:
 
         self._psutil = psutil
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        first = psutil.Process(os.getppid() if LAUNCH.get() else None)  # who started a launch started all ranks of this node
+        first = psutil.Process(os.getppid()) if LAUNCH.get() else psutil.Process()  # who started a launch started all ranks of this node
         self._family = [first, *first.children(recursive=True)]
         self._seconds: dict[int, float] = {}
 

@@ -27,6 +27,7 @@ def hosts() -> Iterator[Hosts]:
         pytest.skip(f"network namespaces are not permitted here: {error}")
 
 
+@pytest.mark.timeout(600)  # five groups of ranks, which a busy machine starts slowly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")
 def test_a_host_that_dies_in_a_cell_ends_the_sweep_and_a_new_launch_completes_it(hosts: Hosts, tmp_path: Path) -> None:
     both = [(hosts.torchrun(host, *SWEEP, *SLOW), {}) for host in (0, 1)]
