@@ -89,7 +89,9 @@ def run_sweep(
     journal = Journal(output, run, environment, results.values(), resume=resume is not None)
     with Stop() as stop, tempfile.TemporaryDirectory(prefix="cpbench-") as folder, contextlib.closing(journal):
         watched = clocks or Unwatched()
-        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or inside_launch() or Torchrun(), watched, Path(folder), stop, tracing)
+        sweep = _Sweep(
+            scenario, plan, results, settled, environment, journal, progress, launcher or inside_launch() or Torchrun(), watched, Path(folder), stop, tracing
+        )
         progress.begin(plan, output)
         try:
             complete = sweep.run()

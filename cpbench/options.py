@@ -166,7 +166,9 @@ LAUNCH_IMAGE = _text(_NODES, "--image", "IMAGE", "A container image with cpbench
 LAUNCH_PARTITION = _text(_SLURM, "--partition", "NAME", "Where to run.")
 LAUNCH_ACCOUNT = _text(_SLURM, "--account", "NAME", "Who pays.")
 LAUNCH_TIME = _text(_SLURM, "--time", "TIME", "How long at most: 90m, 2h.")
-LAUNCH_KIND = Annotated[str, _option(_KUBERNETES, "--kind", "trainjob|pytorchjob", "What Kubeflow has there: Trainer, or the older operator. Default: trainjob.")]
+LAUNCH_KIND = Annotated[
+    str, _option(_KUBERNETES, "--kind", "trainjob|pytorchjob", "What Kubeflow has there: Trainer, or the older operator. Default: trainjob.")
+]
 LAUNCH_NAMESPACE = _text(_KUBERNETES, "--namespace", "NAME", "Where to run.")
 LAUNCH_CLAIM = _text(_KUBERNETES, "--claim", "NAME", "A volume claim for results, mounted where the command runs (pytorchjob).")
 MAXSEQ_OUTPUT = _path(_OUTPUT, "--output -o", "The result file, all trials in it. Default: results/maxseq-TIME.json.")

@@ -96,7 +96,11 @@ def kubernetes(asked: Asked, command: Sequence[str]) -> str:
     head = [
         "# Every process that torchrun starts is a rank. Rank 0 plans, prints and keeps the result file; layouts with fewer ranks run on the first ones.",
         "# A file that is to outlive its pod must lie on a volume: "
-        + (f"the claim {asked.claim} is mounted at {FOLDER}, where the command runs." if asked.claim else "--claim NAME with --kind pytorchjob, or the runtime's own."),
+        + (
+            f"the claim {asked.claim} is mounted at {FOLDER}, where the command runs."
+            if asked.claim
+            else "--claim NAME with --kind pytorchjob, or the runtime's own."
+        ),
     ]
     body = {"apiVersion": made.pop("apiVersion"), "kind": made.pop("kind"), "metadata": metadata, **made}
     return "\n".join(head) + "\n" + str(yaml.safe_dump(body, sort_keys=False, width=1000)).rstrip()

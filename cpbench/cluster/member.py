@@ -22,10 +22,11 @@ from typing import Any
 
 from cpbench.cluster.roster import Roster, interface_towards
 from cpbench.distributed.store import Store
-from cpbench.errors import CpbenchError
+from cpbench.errors import INTERRUPTED, CpbenchError
 from cpbench.launch import ProcessTree, end_with_parent, rank_environment
 
 POLL_SECONDS, BEAT_SECONDS = 0.2, 1.0  # a look of one process costs the store some 50 us of a core
+DEAF_SECONDS = 60.0  # longer than ending a rank takes
 LOG_BYTES = 1 << 16
 LAUNCHERS = ("TORCHELASTIC_", "GROUP_", "ROLE_", "PET_")  # variables of who started us, which would mislead a rank
 CLOSED = "closed"
@@ -115,12 +116,13 @@ class Member:
 
     def __init__(self, store: Store, roster: Roster, rank: int) -> None:
         self._store, self._roster, self._rank = store, roster, rank
+        self._heard = time.monotonic()
 
     def serve(self) -> int:
         """Take part in groups until the first process has closed the launch. Returns the exit code. Raises CpbenchError where it is gone."""
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            with beating(self._store, self._rank):
+            with self._listening(), beating(self._store, self._rank):
                 self._groups()
             self._store.add("gone")
         except ConnectionError as error:
@@ -133,8 +135,8 @@ class Member:
 
     def _groups(self) -> None:
         number = 1
-        while self._store.get(CLOSED) is None:
-            text = self._store.get(f"{number}/order")
+        while self._word(CLOSED) is None:
+            text = self._word(f"{number}/order")
             if text is None:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -144,13 +146,36 @@ class Member:
                     self._run(number, order, Path(folder))
             number += 1
 
+    def _word(self, name: str) -> str | None:
+        word = self._store.get(name)
+        self._heard = time.monotonic()
+        return word
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """End this process where the store is deaf: a call to a host that lost power waits as long as TCP does, and cannot be interrupted."""
+        over = threading.Event()
+
+        def listen() -> None:
+            while not over.wait(BEAT_SECONDS):
+                if time.monotonic() - self._heard > DEAF_SECONDS:
+                    sys.stderr.write(f"error: Rank {self._rank} has not heard of rank 0 for {DEAF_SECONDS:g} s.\n")
+                    sys.stderr.flush()
+                    os._exit(INTERRUPTED)  # its rank ends with it
+
+        threading.Thread(target=listen, name="listen", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
     def _run(self, number: int, order: Order, folder: Path) -> None:
         """The rank of one group, from start to end."""
         job, events = folder / "job.json", folder / "events.jsonl"
         job.write_text(json.dumps({**json.loads(order.job), "events": str(events)}), encoding="utf-8")
         rank, left = Rank(order, self._rank, self._roster, job, folder / "stderr.log"), True
         try:
-            while rank.code() is None and self._store.get(f"{number}/stop") is None:
+            while rank.code() is None and self._word(f"{number}/stop") is None:
                 time.sleep(POLL_SECONDS)
             left = False
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,8 +90,13 @@ def test_a_rank_is_told_its_place_in_the_group_and_nothing_of_the_launcher() -> 
     roster, order = numbered(seats(0, 0, 1, 1)), Order("{}", 3, 2, "m", "head", 77)
     told = environment_of(order, 2, roster, {"RANK": "3", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_RANK": "1", "GLOO_SOCKET_IFNAME": "ib0"})
     assert {name: told[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")} == {
-        **{"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": "head", "MASTER_PORT": "77", "OMP_NUM_THREADS": "2"},
+        "RANK": "2",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "77",
+        "OMP_NUM_THREADS": "2",
     }
     assert told["GLOO_SOCKET_IFNAME"] == "ib0", "what the user chose stays"
     assert not {"TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK"} & told.keys()
@@ -146,6 +153,20 @@ def test_a_silent_process_and_one_that_was_told_to_end_are_the_end_of_the_launch
         group.poll()
 
 
+def test_a_process_whose_store_is_deaf_ends_itself() -> None:
+    script = """
+import time
+from cpbench.cluster import member, roster
+class Deaf:
+    def get(self, name): time.sleep(60)
+    def set(self, name, text): time.sleep(60)
+member.DEAF_SECONDS = 0.2
+member.Member(Deaf(), roster.Roster(()), 3).serve()
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stderr) == (130, "error: Rank 3 has not heard of rank 0 for 0.2 s.\n")
+
+
 def test_inside_a_launch_its_processes_are_the_ranks() -> None:
     assert inside_launch() is None
     token = LAUNCH.set(Launch(Words(), numbered(seats(0, 1))))  # type: ignore[arg-type]
@@ -160,9 +181,7 @@ def test_a_plan_divides_the_cores_of_a_node_and_knows_how_many_ranks_there_are()
     scenario, notes = resolve(parse_scenario({"device": "cpu", "seq": "256", "layouts": "cp2,tp4,cp2tp4,tp8,cp16", "strategies": "ring"}), machine)
     plan = make_plan(scenario, machine)
     assert [plan.threads_per_rank(size) for size in (2, 4, 8)] == [4, 2, 2] and plan.cores_of(8) == 16
-    assert {str(planned.cell.layout): planned.reason for planned in plan.cells if planned.status == "skipped"} == {
-        "cp16": "needs 16 ranks, this launch has 8"
-    }
+    assert {str(planned.cell.layout): planned.reason for planned in plan.cells if planned.status == "skipped"} == {"cp16": "needs 16 ranks, this launch has 8"}
     echo = plan_echo(scenario, plan, notes, machine)
     assert "2 nodes, each: 8 cores" in echo[0]
     assert {"  in 1 cell cp crosses nodes", "  in 1 cell tp crosses nodes"} <= set(echo), "cp2tp4 and tp8 on nodes of 4 ranks"
