@@ -234,7 +234,11 @@ def _words(file: Path) -> list[str]:
 
 def describe(machine: Machine) -> str:
     """One line: `2 cores, 8.00 GiB, AMD EPYC` or `4 x NVIDIA H200, ...`."""
-    gpus = f"{machine.devices} x {machine.gpus[0]}, {format_bytes(machine.gpu_memory_bytes)} each; " if machine.device == "cuda" and machine.gpus else ""
+    gpus = (
+        f"{machine.devices // machine.nodes} x {machine.gpus[0]}, {format_bytes(machine.gpu_memory_bytes)} each; "
+        if machine.device == "cuda" and machine.gpus
+        else ""
+    )
     cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
     nodes = f"{machine.nodes} nodes, each: " if machine.nodes > 1 else ""
     return f"{nodes}{gpus}{cores}, {format_bytes(machine.memory_bytes)}, {machine.cpu}"

@@ -158,7 +158,7 @@ def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """For a process before it starts, on Linux: let the kernel end the launcher (and it its ranks) if the driver is killed without a chance to do so."""
+    """For a process before it starts, on Linux: let the kernel end it if this one is killed without a chance to do so."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork

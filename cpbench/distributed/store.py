@@ -1,10 +1,12 @@
-"""Where the processes of a launch leave words for one another: PyTorch's TCPStore, of texts, and nothing in it waits.
+"""Where processes meet: whether somebody listens, and PyTorch's TCPStore of texts, in which the processes of a launch leave words for one another.
 
-What the words are is decided in cluster/. Every call raises ConnectionError where the store is gone.
+What the words are is decided in cluster/. No call of a store waits, and each raises ConnectionError where it is gone.
 """
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from cpbench.errors import CpbenchError
 
+MEET_SECONDS = 60.0  # for the first rank of a group to listen; its process may still be importing
 ANSWER_SECONDS = 30.0  # a store that says nothing for so long is gone
 Value = TypeVar("Value")
 
@@ -60,3 +63,17 @@ def connect(address: str, port: int, *, serve: bool, seconds: float) -> Store:
         ) from error
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     return Store(PrefixStore("cpbench", store))
+
+
+def await_listener(address: str, port: int, seconds: float = MEET_SECONDS) -> None:
+    """Wait until somebody listens there, which torch itself does for half an hour. Raises ConnectionError that says what was tried."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                why = error.strerror or str(error)
+                raise ConnectionError(f"cannot meet the other ranks at {address}:{port}, whose ports must be open to all nodes ({why})") from error
+            time.sleep(0.05)

@@ -77,11 +77,8 @@ def varying(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
 def _rows(result: ResultFile) -> Iterator[Row]:
     """Of all groups, in the order of the file."""
     cores, nodes = result.environment.get("cores"), result.environment.get("nodes", 1)
-    rows = {
-        id(row.cell): row
-        for group in group_rows(result.cells, cores * nodes if isinstance(cores, int) and isinstance(nodes, int) else None)
-        for row in group.rows
-    }
+    everywhere = cores * nodes if isinstance(cores, int) and isinstance(nodes, int) and nodes > 0 else None
+    rows = {id(row.cell): row for group in group_rows(result.cells, everywhere) for row in group.rows}
     return (rows[id(cell)] for cell in result.cells)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,8 @@ from cpbench.cluster import inside
 from cpbench.cluster.inside import Group, Launch
 from cpbench.cluster.member import Order, environment_of
 from cpbench.cluster.place import PORTS, Place, first_host, place_of
-from cpbench.cluster.roster import Roster, Seat, numbered
+from cpbench.cluster.roster import Roster, Seat, join, numbered
+from cpbench.distributed.store import await_listener, connect
 from cpbench.environment import Machine
 from cpbench.errors import CpbenchError
 from cpbench.launch import LAUNCH, LostRank, inside_launch
@@ -151,6 +153,30 @@ def test_a_silent_process_and_one_that_was_told_to_end_are_the_end_of_the_launch
     group, _ = group_of(Words({"1/ended/1": '{"code": null, "left": true, "failure": null, "log": ""}'}), tmp_path)
     with pytest.raises(LostRank, match="rank 1 was ended from outside"):
         group.poll()
+
+
+def test_a_rank_that_cannot_reach_the_first_one_says_where_it_tried() -> None:
+    port = inside.free_port()
+    with pytest.raises(ConnectionError, match=f"cannot meet the other ranks at 127.0.0.1:{port}, .*refused"):
+        await_listener("127.0.0.1", port, seconds=0.2)
+    with socket.create_server(("127.0.0.1", port)):
+        await_listener("127.0.0.1", port, seconds=0.2)
+
+
+def test_where_the_store_cannot_be_reached_or_opened_one_sentence_says_so() -> None:
+    port = inside.free_port()
+    with pytest.raises(CpbenchError, match=f"cannot be reached at 127.0.0.1:{port} within 1 s"):
+        connect("127.0.0.1", port, serve=False, seconds=1.0)
+    with socket.create_server(("", port)), pytest.raises(CpbenchError, match=f"Port {port} is in use"):
+        connect("127.0.0.1", port, serve=True, seconds=1.0)
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = connect("127.0.0.1", port := inside.free_port(), serve=True, seconds=5.0)
+    with pytest.raises(CpbenchError, match=r"Of 3 ranks 1 came within 0\.1 s; missing: 1, 2"):
+        join(store, Place(0, 3, 0, 0, "127.0.0.1", port, True), seconds=0.1)
+    with pytest.raises(CpbenchError, match="Two processes say that they are rank 0"):
+        join(store, Place(0, 3, 0, 0, "127.0.0.1", port, True), seconds=0.1)
 
 
 def test_a_process_whose_store_is_deaf_ends_itself() -> None:
