@@ -30,10 +30,27 @@ app = typer.Typer(
 def main() -> None:
     """The entry point. Ends the process with the exit code."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        sys.exit(_here_or_inside(sys.argv[1:]))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE)
+
+
+def _here_or_inside(arguments: list[str]) -> int:
+    """One command in this process, or by the processes of a launch that this one is inside of."""
+    from cpbench.cluster.place import place_of
+
+    try:
+        place = place_of(os.environ)
+        if place is None:
+            return run(arguments)
+        from cpbench.cluster.session import take_part
+
+        return take_part(place, lambda: run(arguments))
+    except CpbenchError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def run(arguments: list[str]) -> int:
@@ -239,6 +256,31 @@ def calibrate(
     from cpbench.projection.calibrating import run as calibrate_machine
 
     return calibrate_machine(output, device, max_ranks, quick, quiet)
+
+
+@app.command()
+def launch(
+    system: options.LAUNCH_SYSTEM,
+    command: options.LAUNCH_COMMAND = None,
+    nodes: options.LAUNCH_NODES = 2,
+    gpus_per_node: options.LAUNCH_GPUS = 8,
+    ranks_per_node: options.LAUNCH_RANKS = None,
+    name: options.LAUNCH_NAME = "cpbench",
+    image: options.LAUNCH_IMAGE = None,
+    partition: options.LAUNCH_PARTITION = None,
+    account: options.LAUNCH_ACCOUNT = None,
+    time: options.LAUNCH_TIME = None,
+    kind: options.LAUNCH_KIND = "trainjob",
+    namespace: options.LAUNCH_NAMESPACE = None,
+    claim: options.LAUNCH_CLAIM = None,
+) -> int:
+    """Print what starts a command on several nodes: an sbatch script, or a manifest for Kubernetes. Submits nothing."""
+    from cpbench.cluster.manifest import Asked, text_of
+    from cpbench.report import console
+
+    asked = Asked(nodes, gpus_per_node, ranks_per_node, partition, account, time, image, kind, namespace, claim, name)
+    console.show_json(text_of(system, asked, command or []))
+    return 0
 
 
 @app.command()

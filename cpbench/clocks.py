@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from cpbench.clock_record import ClockRound, CpuReading, GpuReading, cpu_clocks, gpu_clocks
+from cpbench.launch import LAUNCH
 
 GPU_INTERVAL, CPU_INTERVAL = 0.05, 0.5  # seconds between two readings, where they cost little
 # Of a core, for the readings of a source; waking the thread comes to that. Measured with 10 processes: 0.13% of a core without GPUs, and 0.5%
@@ -121,8 +122,8 @@ class Cores:
 
         self._psutil = psutil
         self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-        driver = psutil.Process()
-        self._family = [driver, *driver.children(recursive=True)]
+        first = psutil.Process(os.getppid()) if LAUNCH.get() else psutil.Process()  # who started a launch started all ranks of this node
+        self._family = [first, *first.children(recursive=True)]
         self._seconds: dict[int, float] = {}
 
     def __call__(self) -> CpuReading:

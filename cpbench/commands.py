@@ -6,7 +6,7 @@ Heavy modules are imported where they are used, because `--help` must not wait f
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,13 @@ def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], set
     """What the flags say over what the file says over what the machine suggests: this one, or another one."""
     from datetime import UTC, datetime
 
-    from cpbench.environment import detect_machine
     from cpbench.resume import RESULTS
     from cpbench.scenario import override, parse_scenario, read_yaml, resolve, without_replaced
 
     data: dict[str, Any] = {**without_replaced(read_yaml(file) if file else {}, fields), **fields}
     for setting in [*(f"limits.{name}={value}" for name, value in limits.items()), *settings]:
         data = override(data, setting)
-    machine = machine or detect_machine()
+    machine = machine or this_machine()
     scenario, notes = resolve(parse_scenario(data), machine)
     name = f"{scenario.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     return Job(scenario, machine, output or RESULTS / name, notes)
@@ -51,14 +50,28 @@ def fresh(file: Path | None, fields: dict[str, Any], limits: dict[str, str], set
 
 def resumed(output: Path | None, limits: dict[str, str], retry: str | None, force: bool) -> Job:
     from cpbench import resume
-    from cpbench.environment import detect_machine
 
     statuses = resume.retried("interrupted" if retry is None else retry)
     file, result = resume.find(output)
-    scenario, machine = resume.scenario_of(result, file, limits), detect_machine()
+    scenario, machine = resume.scenario_of(result, file, limits), this_machine()
     if not force:
         resume.require_same_machine(result, machine)
     return Job(scenario, machine, file, result.run.defaults, result, statuses)
+
+
+def this_machine() -> Machine:
+    """The machine, with all nodes of the launch that this process is inside of. Raises CpbenchError where its ranks have too few GPUs."""
+    from cpbench.environment import detect_machine
+    from cpbench.launch import LAUNCH
+
+    machine, launch = detect_machine(), LAUNCH.get()
+    if launch is None:
+        return machine
+    if machine.device == "cuda" and launch.ranks_per_node > machine.devices > 1:
+        hint = f"Start {machine.devices} on each node, one for each GPU."
+        raise CpbenchError(f"The launch has {launch.ranks_per_node} ranks on a node of {machine.devices} GPUs.", hint)
+    devices = launch.nodes * launch.ranks_per_node if machine.device == "cuda" else 0
+    return replace(machine, devices=devices, nodes=launch.nodes, ranks_per_node=launch.ranks_per_node)
 
 
 def refuse_with_resume(given: list[str]) -> None:
@@ -106,11 +119,15 @@ def run_job(job: Job, as_json: bool, quiet: bool, tracing: Tracing | None = None
 
 def profile(job: Job, by_nsys: bool, as_json: bool, quiet: bool) -> int:
     """Run the one cell of a job with traces. Raises CpbenchError where it has several, or nsys is not here."""
+    from cpbench.launch import LAUNCH
     from cpbench.plan import make_plan
     from cpbench.single import require_one
     from cpbench.tracing import nsys
     from cpbench.tracing.session import Session
 
+    if (launch := LAUNCH.get()) and (launch.nodes > 1 or by_nsys):
+        what = "nsys starts its own ranks" if by_nsys else "traces are read on the node that wrote them"
+        raise CpbenchError(f"profile does not run in this launch: {what}.", "Run cpbench profile by itself on one node.")
     cell = require_one(make_plan(job.scenario, job.machine), job.scenario)
     session = Session(job.output, by_nsys, job.scenario.limits.memory)
     launcher = nsys.launcher(session.folder, cell.device, cell.world_size) if by_nsys else None

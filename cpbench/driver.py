@@ -23,7 +23,7 @@ from cpbench.environment import Machine, capture, difference, fingerprint
 from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.group import GroupFailed, Job, JobCell, group_folders, run_group
 from cpbench.journal import Journal
-from cpbench.launch import Launcher, Torchrun
+from cpbench.launch import Launcher, LostRank, Torchrun, inside_launch
 from cpbench.pace import Pace
 from cpbench.plan import Plan, PlannedCell
 from cpbench.prompt import read_prompt, token_text
@@ -91,7 +91,8 @@ def run_sweep(
         contextlib.closing(Journal(output, run, environment, results.values(), resume=resume is not None)) as journal,
     ):
         watched = clocks or Unwatched()
-        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, launcher or Torchrun(), watched, folder, stop, tracing)
+        started = launcher or inside_launch() or Torchrun()
+        sweep = _Sweep(scenario, plan, results, settled, environment, journal, progress, started, watched, folder, stop, tracing)
         progress.begin(plan, output)
         try:
             complete = sweep.run()
@@ -159,7 +160,7 @@ class _Sweep:
         self.records: dict[str, dict[str, Any]] = {}  # the last one of each cell
 
     def run(self) -> bool:
-        """Run everything that is open. Returns False where the user ended it early."""
+        """Run everything that is open. Returns False where the user, or the end of the launch that this is inside of, ended it early."""
         try:
             for number in range(self.plan.rounds):
                 self.round = number
@@ -167,6 +168,10 @@ class _Sweep:
                     self._world(world_size, self._order(world_size))
         except KeyboardInterrupt:
             self._mark_interrupted()
+            return False
+        except LostRank as lost:
+            self.progress.warn(lost.message)
+            self._mark_interrupted(f": {lost.reason}")
             return False
         return True
 
@@ -349,10 +354,10 @@ class _Sweep:
         open_cells = [planned for planned in self.plan.runnable if planned.cell.id not in self.settled]
         return [(planned, self.plan.rounds - rounds_done(self.results.get(planned.cell.id))) for planned in open_cells]
 
-    def _mark_interrupted(self) -> None:
+    def _mark_interrupted(self, why: str = "") -> None:
         """The running cell and those that never ran: a resumed sweep runs them."""
         for cell in (planned.cell for planned in self.running):
-            self._keep(not_measured(cell, "interrupted", f"interrupted in round {self.round + 1} of {self.plan.rounds}", self.results.get(cell.id)))
+            self._keep(not_measured(cell, "interrupted", f"interrupted in round {self.round + 1} of {self.plan.rounds}{why}", self.results.get(cell.id)))
         for planned in self.plan.runnable:
             if planned.cell.id not in self.results:
                 self.results[planned.cell.id] = self._labelled(not_measured(planned.cell, "interrupted", "the sweep was interrupted before this cell"))

@@ -21,13 +21,13 @@ from cpbench.errors import CpbenchError
 from cpbench.units import format_bytes
 
 ENVIRONMENT_PREFIXES = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "OMP_", "GLOO_")
-COMPARED = ("device", "gpus", "cpu", "cores", "system", "python", "packages", "driver", "variables", "cpbench", "git")
+COMPARED = ("device", "gpus", "cpu", "cores", "nodes", "system", "python", "packages", "driver", "variables", "cpbench", "git")
 PACKAGES = ("torch", "numpy", "flash-attn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan must know: `device` is cpu or cuda, `devices` the number of GPUs that may be used, `cores` the CPU cores."""
+    """What a plan must know: `device` is cpu or cuda, `devices` the number of GPUs that may be used, on all nodes, `cores` the CPU cores of a node."""
 
     device: str
     devices: int
@@ -37,6 +37,13 @@ class Machine:
     gpus: tuple[str, ...] = ()
     gpu_memory_bytes: int = 0
     driver: str | None = None
+    nodes: int = 1  # of the launch that this process is inside of; all else is of one node
+    ranks_per_node: int | None = None  # None outside of a launch
+
+    @property
+    def ranks(self) -> int | None:
+        """How many ranks there can be; None where they are started as they are needed."""
+        return self.nodes * self.ranks_per_node if self.ranks_per_node else None
 
 
 def detect_machine() -> Machine:
@@ -66,6 +73,8 @@ def capture(machine: Machine) -> dict[str, Any]:
     """What the result file says about the machine and the software, as JSON."""
     facts = asdict(machine)
     facts["gpus"] = list(machine.gpus)
+    for name in ("nodes", "ranks_per_node") if machine.nodes == 1 else ():  # one node in a launch is like one that is not
+        del facts[name]
     return {
         **facts,
         "system": f"{platform.system()} {platform.machine()}",
@@ -225,6 +234,11 @@ def _words(file: Path) -> list[str]:
 
 def describe(machine: Machine) -> str:
     """One line: `2 cores, 8.00 GiB, AMD EPYC` or `4 x NVIDIA H200, ...`."""
-    gpus = f"{machine.devices} x {machine.gpus[0]}, {format_bytes(machine.gpu_memory_bytes)} each; " if machine.device == "cuda" and machine.gpus else ""
+    gpus = (
+        f"{machine.devices // machine.nodes} x {machine.gpus[0]}, {format_bytes(machine.gpu_memory_bytes)} each; "
+        if machine.device == "cuda" and machine.gpus
+        else ""
+    )
     cores = "1 core" if machine.cores == 1 else f"{machine.cores} cores"
-    return f"{gpus}{cores}, {format_bytes(machine.memory_bytes)}, {machine.cpu}"
+    nodes = f"{machine.nodes} nodes, each: " if machine.nodes > 1 else ""
+    return f"{nodes}{gpus}{cores}, {format_bytes(machine.memory_bytes)}, {machine.cpu}"

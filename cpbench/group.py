@@ -27,6 +27,7 @@ from cpbench.results import Status
 POLL_SECONDS = 0.05
 END_SECONDS = 20.0  # for torchrun to notice that a rank has failed
 TAIL_LINES, TAIL_WIDTH = 40, 400
+PEER_GONE = re.compile(r"Connection (closed by peer|reset by peer)|Broken pipe|DistNetworkError|DistBackendError")
 SECONDARY = {signal.SIGTERM, signal.SIGABRT}  # how ranks end because another one has
 
 
@@ -115,6 +116,7 @@ def run_group(launcher: Launcher, job: Job, folder: Path, start_timeout: float, 
             if code is not None or (late and failed_ranks):
                 raise _diagnose(watch, failed_ranks, code, handle, logs)
             if late:
+                handle.kill()  # so that the logs of ranks on other hosts are here
                 raise watch.too_late(logs)
             if failed_ranks:
                 watch.hurry(time.monotonic())
@@ -193,14 +195,14 @@ class _Lines:
 
 
 def _rank_failures(events: Path) -> list[dict[str, Any]]:
-    """What ranks that raised left behind, the cause first: out of memory, then the earliest (others fail because a peer is gone)."""
+    """What ranks that raised left behind, the cause first: out of memory, then what is not about a peer that is gone, then the earliest."""
     found = []
     for file in events.parent.glob(f"{events.name}.rank*.json"):
         try:
             found.append((file.stat().st_mtime_ns, json.loads(file.read_text(encoding="utf-8"))))
         except (OSError, ValueError):
             continue  # still being written: the next poll reads it
-    found.sort(key=lambda item: (item[1].get("status") != "oom", item[0]))
+    found.sort(key=lambda item: (item[1].get("status") != "oom", bool(PEER_GONE.search(str(item[1].get("reason")))), item[0]))
     return [failure for _, failure in found]
 
 

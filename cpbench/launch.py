@@ -1,7 +1,7 @@
 """Starting the ranks of one world size, and ending all of them: the torchrun command line behind a small interface.
 
 Nothing here knows what the ranks do. `Launcher` is a protocol, so that the driver is tested without processes and a test can start
-another worker module.
+another worker module. Inside a launch that somebody else has started, its processes are the ranks (cluster/).
 """
 
 from __future__ import annotations
@@ -14,16 +14,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import cpbench
+from cpbench.errors import INTERRUPTED, CpbenchError
 
 if TYPE_CHECKING:
     import psutil
 
 PR_SET_PDEATHSIG = 1
 KILL_SECONDS = 10.0
+WORKER = "cpbench.worker"
+
+
+class LostRank(CpbenchError):  # noqa: N818 - it says what happened
+    """A process of the launch that this one is inside of has gone: nothing more can be measured in it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The launch is over: {reason}.", "What has finished is kept: start the launch again, and continue with --resume.", INTERRUPTED)
+        self.reason = reason
 
 
 class Handle(Protocol):
@@ -45,10 +56,29 @@ class Launcher(Protocol):
     def start(self, job: Path, world_size: int, threads: int, log_dir: Path) -> Handle: ...
 
 
+class Launch(Protocol):
+    """A launch of several processes that this one is the first of."""
+
+    nodes: int
+    ranks_per_node: int
+
+    def launcher(self, module: str) -> Launcher:
+        """What starts groups of ranks on its processes."""
+
+
+LAUNCH: ContextVar[Launch | None] = ContextVar("launch", default=None)
+
+
+def inside_launch(module: str = WORKER) -> Launcher | None:
+    """What starts ranks on the processes of the launch that this one is inside of; None where it is in none."""
+    launch = LAUNCH.get()
+    return launch.launcher(module) if launch else None
+
+
 class Torchrun:
     """`python -m torch.distributed.run --standalone`, one process per rank on this machine."""
 
-    def __init__(self, module: str = "cpbench.worker", environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, module: str = WORKER, environment: Mapping[str, str] | None = None) -> None:
         self.module = module
         self.environment = dict(environment or {})
 
@@ -67,7 +97,7 @@ class Torchrun:
                 stderr=subprocess.STDOUT,
                 env=rank_environment(os.environ, threads) | self.environment,
                 start_new_session=True,  # Ctrl-C reaches the driver only, which then ends the ranks
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509 - it takes no lock, so threads of the display cannot block it
+                preexec_fn=end_with_parent(),  # noqa: PLW1509 - it takes no lock, so threads of the display cannot block it
             )
         return ProcessTree(process, output, job)
 
@@ -141,8 +171,8 @@ def rank_environment(parent: Mapping[str, str], threads: int) -> dict[str, str]:
     return environment
 
 
-def _end_with_parent() -> Callable[[], None] | None:
-    """On Linux: let the kernel end the launcher (and it its ranks) if the driver is killed without a chance to do so."""
+def end_with_parent() -> Callable[[], None] | None:
+    """For a process before it starts, on Linux: let the kernel end it if this one is killed without a chance to do so."""
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork

@@ -145,6 +145,11 @@ class Layout:
         order = (*AXES[:2], *INNER_AXES, *AXES[3:]) if axis in INNER_AXES else ("pp", *MOE_AXES) if axis in MOE_AXES else AXES
         return prod(self.size(inner) for inner in order[order.index(axis) + 1 :])
 
+    def axes_between(self, node: int) -> tuple[str, ...]:
+        """Attention axes, and ep, that have neighbours on different nodes of `node` ranks each. tp is the innermost, so it is inside where it fits."""
+        axes = [axis for axis in (*AXES, "ep") if self.size(axis) > 1]
+        return tuple(axis for axis in axes if any(len({rank // node for rank in ranks}) > 1 for ranks in self.groups(axis)))
+
     def coordinates(self, rank: int) -> Coordinates:
         """Where a global rank sits. Raises ValueError for a rank that the layout does not have."""
         if not 0 <= rank < self.world_size:

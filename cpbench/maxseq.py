@@ -21,7 +21,7 @@ from cpbench.errors import ALL_FAILED, INTERRUPTED, SOME_FAILED, CpbenchError
 from cpbench.formulas import weights_bytes
 from cpbench.group import GroupFailed, Job, JobCell, group_folders, run_group
 from cpbench.journal import Journal
-from cpbench.launch import Launcher, Torchrun
+from cpbench.launch import Launcher, LostRank, Torchrun, inside_launch
 from cpbench.longest import Search
 from cpbench.plan import Plan, PlannedCell, unsupported
 from cpbench.records import merge_record, not_measured
@@ -128,16 +128,20 @@ def run_maxseq(
     with Stop() as stop, group_folders() as folder:
         journal = Journal(output, run, environment)
         with contextlib.closing(journal):
-            trials = _Trials(scenario, plan, environment, journal, progress, launcher or Torchrun(), folder, stop)
-            complete = True
+            trials = _Trials(scenario, plan, environment, journal, progress, launcher or inside_launch() or Torchrun(), folder, stop)
+            complete, lost = True, None
             try:
                 for planned in plan.cells:
                     trials.search(planned, precision)
             except KeyboardInterrupt:
                 complete = False
+            except LostRank as error:
+                complete, lost = False, error
             run = run.model_copy(update={"ended": now(), "complete": complete})
             result = ResultFile(schema_name="cpbench.result", run=run, environment=environment, cells=list(trials.results.values()))
             journal.finish(result)
+    if lost:
+        raise lost
     return result
 
 

@@ -204,6 +204,24 @@ MAXSEQ_PRECISION = _text(_MAXSEQ, "--precision", "PART", "How close to the longe
 MAXSEQ_SET = Annotated[
     list[str] | None, _option(_MAXSEQ, "--set", "A.B=C", "Any other field of a scenario: dtype, batch, prefix, chunk, quant, kv_cache.", values=_FIELD)
 ]
+_NODES, _SLURM, _KUBERNETES = "How many", "Slurm", "Kubernetes"
+LAUNCH_SYSTEM = Annotated[str, typer.Argument(metavar="SYSTEM", help="slurm (an sbatch script) or kubernetes (a Kubeflow manifest).", show_default=False)]
+LAUNCH_COMMAND = Annotated[
+    list[str] | None, typer.Argument(metavar="-- COMMAND", help="sweep or maxseq with their flags, behind two dashes.", show_default=False)
+]
+LAUNCH_NODES = Annotated[int, _option(_NODES, "--nodes", "N", "Nodes. Default: 2.")]
+LAUNCH_GPUS = Annotated[int, _option(_NODES, "--gpus-per-node", "N", "GPUs of a node, a rank on each. Default: 8.")]
+LAUNCH_RANKS = Annotated[int | None, _option(_NODES, "--ranks-per-node", "N", "Ranks of a node without GPUs.")]
+LAUNCH_NAME = Annotated[str, _option(_NODES, "--name", "NAME", "Of the job. Default: cpbench.")]
+LAUNCH_IMAGE = _text(_NODES, "--image", "IMAGE", "A container image with cpbench in it; Slurm needs its pyxis plugin for that.")
+LAUNCH_PARTITION = _text(_SLURM, "--partition", "NAME", "Where to run.")
+LAUNCH_ACCOUNT = _text(_SLURM, "--account", "NAME", "Who pays.")
+LAUNCH_TIME = _text(_SLURM, "--time", "TIME", "How long at most: 90m, 2h.")
+LAUNCH_KIND = Annotated[
+    str, _option(_KUBERNETES, "--kind", "trainjob|pytorchjob", "What Kubeflow has there: Trainer, or the older operator. Default: trainjob.")
+]
+LAUNCH_NAMESPACE = _text(_KUBERNETES, "--namespace", "NAME", "Where to run.")
+LAUNCH_CLAIM = _text(_KUBERNETES, "--claim", "NAME", "A volume claim for results, mounted where the command runs (pytorchjob).")
 MAXSEQ_OUTPUT = _path(_OUTPUT, "--output -o", "The result file, all trials in it. Default: results/maxseq-TIME.json.")
 CALIBRATE_OUTPUT = _path(_OUTPUT, "--output -o", "The profile, for --hardware. Default: calibration.json.")
 CALIBRATE_DEVICE = _text(_WHAT, "--device", "NAME", "cpu or cuda. Default: cuda where there is a GPU.")

@@ -69,6 +69,7 @@ class Plan:
     device: str
     left_out: tuple[LeftOut, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    ranks_per_node: int | None = None  # None: all are on this machine
 
     @cached_property
     def runnable(self) -> tuple[PlannedCell, ...]:
@@ -94,11 +95,19 @@ class Plan:
 
     def threads_per_rank(self, world_size: int) -> int:
         """CPU threads of each rank: what was asked for, else its share of the cores, at least one."""
-        return self.threads or max(1, self.cores // world_size)
+        return self.threads or max(1, self.cores // self.on_a_node(world_size))
 
     def oversubscribed(self, world_size: int) -> bool:
         """More threads than cores; on CUDA the ranks do not compute on cores."""
-        return self.device == "cpu" and world_size * self.threads_per_rank(world_size) > self.cores
+        return self.device == "cpu" and self.on_a_node(world_size) * self.threads_per_rank(world_size) > self.cores
+
+    def cores_of(self, world_size: int) -> int:
+        """The cores of all nodes that so many ranks are on."""
+        return self.cores * -(-world_size // self.on_a_node(world_size))
+
+    def on_a_node(self, world_size: int) -> int:
+        """Ranks of the node that has most; a smaller world is on the first nodes."""
+        return min(world_size, self.ranks_per_node or world_size)
 
 
 def make_plan(scenario: Scenario, machine: Machine) -> Plan:
@@ -122,7 +131,7 @@ def _one_plan(scenario: Scenario, machine: Machine) -> Plan:
     device = scenario.device
     if scenario.kernel != "auto":
         _require_kernel(scenario, config)
-    plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config))
+    plan = Plan((), scenario.rounds, machine.cores, scenario.threads, device, left_out(scenario, config), ranks_per_node=machine.ranks_per_node)
     weights, prompt = checkpoint_name(scenario, config), text_name(scenario, config)
     cells = _distinct(cells_of(scenario, config, weights, prompt))
     _refuse_left_out(scenario, cells, plan.left_out)
@@ -165,6 +174,8 @@ def _planned(cell: Cell, machine: Machine, plan: Plan, timing: Timing) -> Planne
     seconds = _seconds(cell, plan, timing)
     if cell.device == "cuda" and cell.world_size > machine.devices:
         return PlannedCell(cell, "skipped", f"needs {cell.world_size} GPUs, this machine has {machine.devices}", seconds)
+    if machine.ranks and cell.world_size > machine.ranks:
+        return PlannedCell(cell, "skipped", f"needs {cell.world_size} ranks, this launch has {machine.ranks}", seconds)
     return PlannedCell(cell, None, None, seconds)
 
 
@@ -221,7 +232,7 @@ def pass_seconds(cell: Cell, plan: Plan) -> float:
     if cell.device == "cuda":
         return flops(cell) * waiting / (CUDA_RATE[cell.dtype] * cell.world_size)
     threads = cell.world_size * plan.threads_per_rank(cell.world_size)
-    return flops(cell) / (CPU_RATE[cell.dtype] * min(plan.cores, threads / waiting))
+    return flops(cell) / (CPU_RATE[cell.dtype] * min(plan.cores_of(cell.world_size), threads / waiting))
 
 
 def timed_passes(seconds: float, timing: Timing) -> int:

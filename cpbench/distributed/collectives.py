@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cpbench.distributed.flight import FlightLog, Handle, started
 from cpbench.distributed.observe import Observation, Observer
+from cpbench.distributed.store import await_listener
 from cpbench.distributed.traffic import Traffic, summed_parts
 from cpbench.partition import cut
 
@@ -391,7 +392,12 @@ def backend_available(kind: str) -> bool:
 
 
 def start_process_groups(device: torch.device) -> None:
-    """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else."""
+    """Join the process group that torchrun described in the environment: NCCL for CUDA, gloo for everything else.
+
+    Raises ConnectionError where rank 0 cannot be reached.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        await_listener(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
 
 

@@ -34,7 +34,7 @@ class Device(Protocol):
         """Seconds between two marks, once the work is done."""
 
     def uuids(self, count: int) -> list[str]:
-        """What NVML calls the GPUs of the first `count` ranks; nothing where they have none."""
+        """What NVML calls the GPUs of the first `count` ranks, as far as they are on this node; nothing where they have none."""
 
     def reset_peaks(self) -> None:
         """Start a new peak measurement."""
@@ -114,7 +114,7 @@ class Accelerator:
     def uuids(self, count: int) -> list[str]:
         if self.torch_device.type != "cuda" or torch.version.cuda is None:
             return []
-        return [f"GPU-{torch.cuda.get_device_properties(rank).uuid}" for rank in range(count)]
+        return [f"GPU-{torch.cuda.get_device_properties(rank).uuid}" for rank in range(min(count, torch.cuda.device_count()))]
 
     def reset_peaks(self) -> None:
         torch.accelerator.synchronize()

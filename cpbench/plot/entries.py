@@ -76,8 +76,9 @@ def varying(entries: Sequence[Entry], names: Sequence[str]) -> list[str]:
 
 def _rows(result: ResultFile) -> Iterator[Row]:
     """Of all groups, in the order of the file."""
-    cores = result.environment.get("cores")
-    rows = {id(row.cell): row for group in group_rows(result.cells, cores if isinstance(cores, int) else None) for row in group.rows}
+    cores, nodes = result.environment.get("cores"), result.environment.get("nodes", 1)
+    everywhere = cores * nodes if isinstance(cores, int) and isinstance(nodes, int) and nodes > 0 else None
+    rows = {id(row.cell): row for group in group_rows(result.cells, everywhere) for row in group.rows}
     return (rows[id(cell)] for cell in result.cells)
 
 

@@ -51,8 +51,16 @@ def plan_echo(scenario: Scenario, plan: Plan, notes: Sequence[str], machine: Mac
         *(f"  {line}" for line in _left_out(plan)),
         *([_pairs(plan)] if plan.pairs else []),
         *(f"  in {_cells(count)} {reason}" for reason, count in Counter(p.cell.cp_off for p in plan.runnable if p.cell.cp_off).items()),
+        *(f"  in {_cells(count)} {axes} {'crosses' if ',' not in axes else 'cross'} nodes" for axes, count in _between_nodes(plan).items()),
         f"{cells}{rounds}, world sizes {sizes}: about {rough_seconds(plan.seconds)}, up to {format_bytes(memory)} per rank",
     ]
+
+
+def _between_nodes(plan: Plan) -> Counter[str]:
+    """The axes that go from node to node, of how many cells."""
+    size = plan.ranks_per_node
+    crossing = [", ".join(planned.cell.layout.axes_between(size)) for planned in plan.runnable] if size else []
+    return Counter(axes for axes in crossing if axes)
 
 
 def _pairs(plan: Plan) -> str:
@@ -200,12 +208,12 @@ def _notes(planned: PlannedCell, plan: Plan, machine: Machine) -> list[tuple[str
     groups, sequences = planned.cell.layout.dp, len(planned.cell.lengths)
     if groups > sequences:
         notes.append(("idle", f"{groups - sequences} of {groups} attention-DP groups {'has' if groups - sequences == 1 else 'have'} no sequence"))
-    needed, there = planned.live_bytes * size, machine.memory_bytes
+    needed, there = planned.live_bytes * plan.on_a_node(size), machine.memory_bytes
     if plan.device == "cuda":
         needed, there = planned.live_bytes, machine.gpu_memory_bytes
     if needed > there:
         notes.append(("may not fit", f"{format_bytes(needed)} of live tensors in {format_bytes(there)} of memory"))
-    threads = size * plan.threads_per_rank(size)
+    threads = plan.on_a_node(size) * plan.threads_per_rank(size)
     return [*notes, ("oversubscribed", f"{threads} threads on {plan.cores} cores")] if plan.oversubscribed(size) else notes
 
 

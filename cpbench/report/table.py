@@ -236,9 +236,9 @@ def provenance(result: Comparable) -> str:
 
 
 def cores_of(environment: dict[str, Any]) -> int | None:
-    """Cores that the run could use; None where the file does not say."""
-    cores = environment.get("cores")
-    return cores if isinstance(cores, int) and cores > 0 else None
+    """Cores that the run could use, on all nodes; None where the file does not say."""
+    cores, nodes = environment.get("cores"), environment.get("nodes", 1)
+    return cores * nodes if isinstance(cores, int) and cores > 0 and isinstance(nodes, int) and nodes > 0 else None
 
 
 def _count(value: int | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from cpbench.group import GroupFailed, Job, _clean, _killed_ranks, _Lines, run_group
+from cpbench.group import GroupFailed, Job, _clean, _killed_ranks, _Lines, _rank_failures, run_group
 from tests.unit.fakes import FakeLauncher
 
 # printed by torch 2.13 for two ranks of which rank 1 killed itself; the host name is replaced
@@ -41,6 +43,15 @@ def test_torchruns_summary_names_the_rank_that_was_killed_and_not_those_it_ended
     assert _killed_ranks(SUMMARY.replace("-9", "1")) == []
     assert _killed_ranks(SUMMARY.replace("-15", "-6")) == [(1, 9), (0, 6)]
     assert _killed_ranks("") == []
+
+
+def test_a_rank_whose_peer_is_gone_is_not_the_cause_though_it_is_heard_of_first(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    for rank, reason in enumerate(["RuntimeError: Connection closed by peer [10.0.0.2]:5000", "ValueError: the cause"]):
+        file = tmp_path / f"events.jsonl.rank{rank}.json"
+        file.write_text(json.dumps({"rank": rank, "status": "crash", "reason": reason}))
+        os.utime(file, (1000 + rank, 1000 + rank))
+    assert [failure["rank"] for failure in _rank_failures(events)] == [1, 0]
 
 
 def test_lines_are_read_once_and_only_when_they_are_whole(tmp_path: Path) -> None:
