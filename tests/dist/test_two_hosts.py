@@ -15,7 +15,7 @@ from cpbench.cluster import inside
 from .launches import SECONDS, Hosts, started, timed_passes, two_hosts, until
 
 SWEEP = ["sweep", "--seq", "128", "--cp", "2", "--strategy", "ring", "-o", "r.json"]
-SLOW = ["--set", "timing.min_samples=60", "--set", "timing.max_samples=60"]
+SLOW = ["--set", "timing.min_samples=40", "--set", "timing.max_samples=40"]
 
 
 @pytest.fixture
