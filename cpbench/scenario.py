@@ -191,9 +191,12 @@ class Scenario(_Model):
 def parse_scenario(data: dict[str, Any]) -> Scenario:
     """Check a mapping as YAML gives it. Raises CpbenchError that names the first wrong field and the nearest valid value."""
     try:
-        return Scenario.model_validate(data)
-    except ValidationError as error:
-        raise readable(error.errors()[0], Scenario) from error
+        try:
+            return Scenario.model_validate(data)
+        except ValidationError as error:
+            raise readable(error.errors()[0], Scenario) from error
+    except UnicodeEncodeError as error:
+        raise CpbenchError(f"{str(error.object)[:40]!r} is not text: it holds half of a character.", "Write it in UTF-8.") from error
 
 
 def load_scenario(path: str | Path) -> Scenario:
