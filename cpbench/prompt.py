@@ -22,6 +22,8 @@ def read_prompt(folder: str | Path, file: str | Path) -> list[int]:
     try:
         if Path(file).stat().st_size > MAX_PROMPT_BYTES:
             raise CpbenchError(f"{file} is larger than 64 MiB.", "Give a shorter text to --prompt.")
+        if not Path(file).is_file():  # a device has no end
+            raise CpbenchError(f"{file} is no file.", "Give --prompt a text file.")
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give --prompt a text file.") from error

@@ -24,6 +24,7 @@ from cpbench.summary import Comparable, ResultSummary
 MAX_FILE_BYTES = 256 << 20
 MAX_DIGITS = 30  # of an integer; no float has as many, and 300 digits would be more than a float can be
 DIGITS_STEP = 6
+MAX_SHOWN = 100  # characters of a name or a complaint in a message
 SAME_DIGITS = bytes.maketrans(b"0123456789", b"0" * 10)
 HALF_CHARACTER = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # escaped; most are halves of a pair
 
@@ -128,15 +129,14 @@ def checked(data: Any, file: Path, model: type[Stored], schema: str, version: in
     found = data.get("schema_version")
     if type(found) is not int or found != version:
         hint = "Install a newer cpbench." if isinstance(found, int) and found > version else "No cpbench wrote it: it was edited or damaged."
-        raise CpbenchError(f"{file} has schema version {found!r}; this cpbench reads up to {version}.", hint, UNREADABLE)
+        raise CpbenchError(f"{file} has schema version {repr(found)[:MAX_SHOWN]}; this cpbench reads up to {version}.", hint, UNREADABLE)
     try:
         return model.model_validate(data)
     except (ValidationError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": ("?",), "msg": "too deeply nested"}
-        where = ".".join(str(part) for part in first["loc"])
-        raise CpbenchError(
-            f"{file} breaks the {kind} schema at {where}: {str(first['msg']).removeprefix('Value error, ')}.", "The file was edited or damaged.", UNREADABLE
-        ) from error
+        where = ".".join(str(part)[:MAX_SHOWN] for part in first["loc"])
+        what = str(first["msg"]).removeprefix("Value error, ")[:MAX_SHOWN]
+        raise CpbenchError(f"{file} breaks the {kind} schema at {where}: {what}.", "The file was edited or damaged.", UNREADABLE) from error
 
 
 def _parsed(text: str) -> Any:

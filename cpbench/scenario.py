@@ -159,7 +159,7 @@ class Scenario(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Scenario:
         if self.weights and self.model not in (None, f"{self.weights}/config.json"):
-            refuse("model and weights both say which model to measure.", f"Leave model out: the config.json in {self.weights} says it.")
+            refuse("model and weights both say which model to measure.", "Leave model out: the config.json beside the weights says it.")
         if self.weights and self.experts:
             refuse("experts changes a model, and weights are those of the model as it is.", "Leave experts or weights out.")
         if self.weights and self.target == "attention":
@@ -191,9 +191,12 @@ class Scenario(_Model):
 def parse_scenario(data: dict[str, Any]) -> Scenario:
     """Check a mapping as YAML gives it. Raises CpbenchError that names the first wrong field and the nearest valid value."""
     try:
-        return Scenario.model_validate(data)
-    except ValidationError as error:
-        raise readable(error.errors()[0], Scenario) from error
+        try:
+            return Scenario.model_validate(data)
+        except ValidationError as error:
+            raise readable(error.errors()[0], Scenario) from error
+    except UnicodeEncodeError as error:
+        raise CpbenchError(f"{str(error.object)[:40]!r} is not text: it holds half of a character.", "Write it in UTF-8.") from error
 
 
 def load_scenario(path: str | Path) -> Scenario:

@@ -52,6 +52,8 @@ def from_hugging_face(path: str | Path) -> ModelConfig:
         file = file / "config.json" if file.is_dir() else file
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise CpbenchError(f"{file} is larger than 1 MiB.", "A config.json is a few kilobytes: is this the right file?")
+        if not file.is_file():  # a device has no end
+            raise CpbenchError(f"{file} is no file.", "Give a preset name (cpbench list models) or the path of a config.json.")
         raw = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give a preset name (cpbench list models) or the path of a config.json.") from error

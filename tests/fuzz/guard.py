@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.cells import cell_len
 
 SECONDS = 2.0
 BYTES = 500 << 20
@@ -85,6 +86,7 @@ def import_everything() -> None:
     """What cpbench imports where it is needed, so that an import afterwards is one that the input asked for."""
     import cpbench
 
+    cell_len("\u4e2d\u0301")  # rich reads its table of widths when it meets the first wide character
     for module in pkgutil.walk_packages(cpbench.__path__, "cpbench."):
         if not module.name.endswith("__main__"):
             with suppress(ImportError):  # what is not installed
