@@ -54,9 +54,11 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises CpbenchError for a file that cannot be read or is something else."""
     try:
-        if file.stat().st_size > MAX_BYTES:
+        with file.open(encoding="utf-8") as stream:
+            text = stream.read(MAX_BYTES + 1)  # whatever its size is said to be: a device has no end
+        if len(text) > MAX_BYTES:
             raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 10} KiB.", "A scenario is a few lines of YAML: is this the right file?")
-        data = _parse(file.read_text(encoding="utf-8"))
+        data = _parse(text)
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", "Give the path of a scenario file, or a name of cpbench list scenarios.") from error
     except UnicodeDecodeError as error:
