@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from cpbench.bounded import read_at_most
 from cpbench.errors import CpbenchError
 
 MAX_BYTES = 256 << 10
@@ -54,9 +55,8 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises CpbenchError for a file that cannot be read or is something else."""
     try:
-        with file.open(encoding="utf-8") as stream:
-            text = stream.read(MAX_BYTES + 1)  # whatever its size is said to be: a device has no end
-        if len(text) > MAX_BYTES:
+        text = read_at_most(file, MAX_BYTES)
+        if text is None:
             raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 10} KiB.", "A scenario is a few lines of YAML: is this the right file?")
         data = _parse(text)
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from cpbench.bounded import read_at_most
 from cpbench.cell import DTYPE_BYTES
 from cpbench.errors import UNREADABLE, CpbenchError, unknown
 from cpbench.projection.constants import Curve, Number, Part
@@ -177,9 +178,10 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
         return _parsed(resources.files(__package__).joinpath("devices", f"{text}.json").read_text(encoding="utf-8"), text)
     file = Path(text)
     try:
-        if file.stat().st_size > MAX_BYTES:
+        content = read_at_most(file, MAX_BYTES)
+        if content is None:
             raise CpbenchError(f"{file} is too large for a device profile.", CALIBRATE, UNREADABLE)
-        return _parsed(file.read_text(encoding="utf-8"), text)
+        return _parsed(content, text)
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", f"Devices: {', '.join(profile_names())}. {CALIBRATE}", UNREADABLE) from error
     except UnicodeDecodeError as error:

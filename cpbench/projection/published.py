@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cpbench.bounded import read_at_most
 from cpbench.cell import Cell
 from cpbench.errors import UNREADABLE, CpbenchError, unknown
 from cpbench.layout import Layout
@@ -148,9 +149,10 @@ def load_study(name_or_path: str | Path) -> Study:
         return _read(resources.files(__package__).joinpath("studies", f"{text}.json").read_text(encoding="utf-8"), text)
     file = Path(text)
     try:
-        if file.stat().st_size > MAX_BYTES:
+        content = read_at_most(file, MAX_BYTES)
+        if content is None:
             raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 20} MiB.", HINT, UNREADABLE)
-        return _read(file.read_text(encoding="utf-8"), text)
+        return _read(content, text)
     except OSError as error:
         raise CpbenchError(f"{file} cannot be read: {error.strerror}.", f"Studies: {', '.join(study_names())}.", UNREADABLE) from error
     except UnicodeDecodeError as error:
