@@ -4,8 +4,8 @@
     python benchmarks/projection_validation.py --measure
 
 The first projects every row of cpbench/projection/studies with the machine of its study put into the nearest profile, and fits nothing to a row
-that it predicts. The second needs a quiet machine for about ten minutes: two ranks are calibrated, and then cells are swept over gloo and the same
-cells projected with compute measured by each rank alone, in turn and several times, because a machine that others share too has slow minutes.
+that it predicts. The second needs a quiet machine for about twenty minutes: two ranks are calibrated, cells are swept over gloo and projected with
+compute measured by each rank alone, all in turn and several times, because a machine that others share too has slow minutes.
 Printed is every row with its parts, the mean and worst error of the medians, and how far a measurement is from the same one in another round.
 """
 
@@ -105,11 +105,11 @@ def _show_merges(study: Study) -> None:
 
 def on_this_machine(folder: Path, quick: bool) -> None:
     """Calibrate, sweep, project, and hold against each other what is of the same cell."""
-    profile = folder / "profile.json"
-    _cpbench("calibrate", "--max-ranks", "2", "--device", "cpu", "--output", str(profile), "--quiet", *(["--quick"] if quick else []))
     measured: dict[str, list[CellResult]] = defaultdict(list)
     projected: dict[str, list[CellResult]] = defaultdict(list)
     for turn in range(1 if quick else ROUNDS):
+        profile = folder / f"profile{turn}.json"
+        _cpbench("calibrate", "--max-ranks", "2", "--device", "cpu", "--output", str(profile), "--quiet", *(["--quick"] if quick else []))
         for number, sweep in enumerate(SWEEPS[-2:] if quick else SWEEPS):
             files = [folder / f"{kind}{turn}-{number}.json" for kind in ("measured", "projected")]
             _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", str(files[0]))

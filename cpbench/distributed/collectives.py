@@ -230,6 +230,11 @@ class Group(ABC):
         """What torch.distributed calls this group, for libraries that communicate by themselves; None where there is none."""
         return None
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at what libraries receive, which inside of what they compiled cannot be seen."""
+        return self.recorder.observation is not None
+
     def foreign(self) -> AbstractContextManager[object]:
         """Around a library's code that communicates over this group: what it receives is observed while the recorder looks."""
         observation = self.recorder.observation

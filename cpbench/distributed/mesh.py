@@ -110,7 +110,7 @@ def local_groups(layout: Layout, world: LocalWorld, rank: int) -> Groups:
 
 def null_groups(layout: Layout, rank: int, tape: Tape, is_nccl: bool) -> Groups:
     """The same groups on the null backend, where there is no other rank."""
-    return _groups(layout, rank, lambda axis, ranks, place, recorder: NullGroup(axis, ranks, place, recorder, tape, is_nccl))
+    return _groups(layout, rank, lambda axis, ranks, place, recorder: NullGroup(axis, ranks, place, recorder, tape, is_nccl, layout.world_size))
 
 
 def _groups(layout: Layout, rank: int, make: Callable[[str, Sequence[int], int, Recorder], Group]) -> Groups:

@@ -2,17 +2,19 @@
 
 So the program that is priced is the program that is measured: a rank runs with its own shapes, plans and order of collectives. What it
 receives stays what memory held, or is random where the tape asks for that. Integers are sizes and choices: those are taken to be what this rank
-would have sent to itself. What a transfer takes is decided in projection/.
+would have sent to itself. Libraries that communicate by themselves get a group of their own (fake.py). What a transfer takes is decided in projection/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from cpbench.distributed.collectives import Group, Recorder
+from cpbench.distributed.fake import Stage, fake_group
 from cpbench.distributed.flight import Handle
 from cpbench.distributed.traffic import Transfer
 
@@ -27,13 +29,30 @@ class Tape(Protocol):
 
 
 class NullGroup(Group):
-    """A group of which only this rank is there. `is_nccl`: collectives are those of NCCL, with their own copies of own rows, and not pieces by hand."""
+    """A group of which only this rank is there, of a world of so many.
 
-    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, tape: Tape, is_nccl: bool) -> None:
+    `is_nccl`: collectives are those of NCCL, with their own copies of own rows, and not pieces by hand.
+    """
+
+    def __init__(self, axis: str, ranks: Sequence[int], rank: int, recorder: Recorder, tape: Tape, is_nccl: bool, world_size: int) -> None:
         super().__init__(axis, ranks, rank, recorder)
-        self._tape, self._is_nccl = tape, is_nccl
+        self._tape, self._is_nccl, self._world_size = tape, is_nccl, world_size
         self._to: tuple[int, ...] = ()
         self._source: tuple[int, ...] = ()
+
+    @property
+    def process_group(self) -> Any:
+        return fake_group(self.ranks, self.ranks[self.rank], self._world_size)
+
+    @property
+    def is_watched(self) -> bool:
+        return True
+
+    def foreign(self) -> AbstractContextManager[object]:
+        def start(operation: str, travels: int, to: tuple[int, ...], source: tuple[int, ...]) -> int:
+            return self._tape.start(Transfer(self.axis, self.size, operation, travels, to, source))
+
+        return Stage(start, self._tape.wait, self._fill)
 
     def barrier(self) -> None:
         """The others are always there."""

@@ -50,27 +50,47 @@ class Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.partition("::")[2]
-        if func.namespace in NAMESPACES and name not in SILENT:
-            if name in _READERS:
-                operation, read = _READERS[name]
-                named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-                self._observation.traffic.add(self._axis, operation, read(named | (kwargs or {})))
+        if func.namespace in NAMESPACES and short(func) not in SILENT:
+            found = reading(short(func), named(func, args, kwargs))
+            if found:
+                self._observation.traffic.add(self._axis, *found)
             else:
-                self._observation.unread.add(name)
+                self._observation.unread.add(short(func))
         return result
 
 
-def _members(arguments: dict[str, Any]) -> tuple[int, int]:
-    """(ranks of the group, place of this rank in it), whether the operator got the group or its name."""
+def short(operator: Any) -> str:
+    """The name of an operator without its namespace and overload."""
+    return str(operator._schema.name.partition("::")[2])
+
+
+def named(operator: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by their names."""
+    return dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False)) | (kwargs or {})
+
+
+def reading(name: str, arguments: dict[str, Any]) -> tuple[str, int] | None:
+    """What a call of a collective is, and the bytes that this rank receives in it; None where the operator is not known."""
+    if name not in _READERS:
+        return None
+    operation, received = _READERS[name]
+    return operation, received(arguments)
+
+
+def group_of(arguments: dict[str, Any]) -> Any:
+    """The process group of a call, whether the operator got the group or its name."""
     if "process_group" in arguments:
-        group: Any = dist.ProcessGroup.unbox(arguments["process_group"])
-    else:
-        group = _resolve_process_group(arguments["group_name"])
+        return dist.ProcessGroup.unbox(arguments["process_group"])
+    return _resolve_process_group(arguments["group_name"])
+
+
+def _members(arguments: dict[str, Any]) -> tuple[int, int]:
+    """(ranks of the group, place of this rank in it)."""
+    group = group_of(arguments)
     return group.size(), group.rank()
 
 
-def _sent(arguments: dict[str, Any]) -> int:
+def sent(arguments: dict[str, Any]) -> int:
     """Bytes of what this rank puts in: the first of these arguments that the operator has."""
     names = ("input_tensors", "input_list", "input_tensor", "inputs", "input", "tensors", "tensor")
     value = next(arguments[name] for name in names if name in arguments)
@@ -79,18 +99,18 @@ def _sent(arguments: dict[str, Any]) -> int:
 
 def _everyone_elses(arguments: dict[str, Any]) -> int:
     """As much as this rank puts in, from each of the others."""
-    return _sent(arguments) * (_members(arguments)[0] - 1)
+    return sent(arguments) * (_members(arguments)[0] - 1)
 
 
 def _all_but_own_share(arguments: dict[str, Any]) -> int:
     """A partial sum of its own block from each of the others (a ring, as in `Group.all_reduce`)."""
     size, _ = _members(arguments)
-    return _sent(arguments) * (size - 1) // size
+    return sent(arguments) * (size - 1) // size
 
 
 def _twice_all_but_own_share(arguments: dict[str, Any]) -> int:
     size, _ = _members(arguments)
-    return 2 * _sent(arguments) * (size - 1) // size
+    return 2 * sent(arguments) * (size - 1) // size
 
 
 def _exchanged(arguments: dict[str, Any]) -> int:
@@ -111,7 +131,7 @@ def _exchanged_as_list(arguments: dict[str, Any]) -> int:
 def _from_root(arguments: dict[str, Any]) -> int:
     """Everything, on every rank but the root."""
     _, rank = _members(arguments)
-    return 0 if rank == arguments.get("root_rank", arguments.get("src")) else _sent(arguments)
+    return 0 if rank == arguments.get("root_rank", arguments.get("src")) else sent(arguments)
 
 
 _READERS: dict[str, tuple[str, Callable[[dict[str, Any]], int]]] = {
@@ -139,7 +159,7 @@ _READERS: dict[str, tuple[str, Callable[[dict[str, Any]], int]]] = {
     "reduce_scatter_tensor_coalesced": ("reduce_scatter", _all_but_own_share),
     "broadcast": ("broadcast", _from_root),
     "broadcast_": ("broadcast", _from_root),
-    "recv_": ("send_recv", _sent),
-    "recv_any_source_": ("send_recv", _sent),
-    "irecv": ("send_recv", _sent),
+    "recv_": ("send_recv", sent),
+    "recv_any_source_": ("send_recv", sent),
+    "irecv": ("send_recv", sent),
 }

@@ -1,4 +1,5 @@
-"""Where processes meet: whether somebody listens, and PyTorch's TCPStore of texts, in which the processes of a launch leave words for one another.
+"""Where processes meet: whether somebody listens, PyTorch's TCPStore of texts, in which the processes of a launch leave words for one another, and
+its FileStore, by which those of one machine that have no process group wait for each other.
 
 What the words are is decided in cluster/. No call of a store waits, and each raises ConnectionError where it is gone.
 """
@@ -9,14 +10,16 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import FileStore, PrefixStore, TCPStore
 
 from cpbench.errors import CpbenchError
 
 MEET_SECONDS = 60.0  # for the first rank of a group to listen; its process may still be importing
 ANSWER_SECONDS = 30.0  # a store that says nothing for so long is gone
+WORK = timedelta(days=1)  # what a process of a meeting may do before it comes; who starts them has a deadline of its own
 Value = TypeVar("Value")
 
 
@@ -63,6 +66,22 @@ def connect(address: str, port: int, *, serve: bool, seconds: float) -> Store:
         ) from error
     store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
     return Store(PrefixStore("cpbench", store))
+
+
+class Meeting:
+    """So many processes of one machine, which wait for each other over a file that they can all write to."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._store, self._size, self._met = FileStore(str(path), size), size, 0
+        self._store.set_timeout(WORK)
+
+    def wait(self) -> None:
+        """Return when every process has called so often."""
+        self._met += 1
+        there = f"met {self._met}"
+        if self._store.add(f"come {self._met}", 1) == self._size:
+            self._store.set(there, "")
+        self._store.wait([there])
 
 
 def await_listener(address: str, port: int, seconds: float = MEET_SECONDS) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from statistics import fmean
 from typing import Any
 
 from cpbench.environment import Machine, describe, git_state
+from cpbench.projection.calibration_sizes import BEFORE
 from cpbench.projection.constants import Curve, Kind, Number
 from cpbench.projection.least_squares import attention_fit, errors, flops_of, gemm_rates, rates, two_lines
 from cpbench.projection.links import Contention, Fit, Inside, LinkCosts, whole_buffer, wire
@@ -131,7 +133,15 @@ def _links(rows: Rows, known: DeviceProfile | None, backend: str, source: str) -
             work_between=_measured(slowed, "of its rate", f"as inside of a node, {source}", "derived"),
             transfer=_measured(dragged, "of its rate", source),
         ),
+        behind=behind_of(_only(rows, "behind")),
     )
+
+
+def behind_of(rows: Rows) -> tuple[tuple[float, float], ...]:
+    """(Seconds of work, seconds that collectives behind it take more than behind the work that all others were measured behind)."""
+    works = sorted({row["work_s"] for row in rows})
+    means = {work_s: fmean(row["seconds"] for row in rows if row["work_s"] == work_s) for work_s in works}
+    return tuple((work_s, means[work_s] - means[BEFORE]) for work_s in works)
 
 
 def _fit(rows: Rows, operation: str, source: str) -> Fit:

@@ -28,7 +28,7 @@ from cpbench.kernels.base import Kernel
 from cpbench.measure.device import Device, open_device
 from cpbench.measure.split import ELEMENT_BYTES, collective_call
 from cpbench.models.linear import QuantisedWeight, quantise, refusal, scaled_product
-from cpbench.projection.calibration_sizes import SIZES, Sizes
+from cpbench.projection.calibration_sizes import BEFORE, BEHIND, BEHIND_TRIALS, SIZES, Sizes
 from cpbench.quantisation import FP8
 from cpbench.rank_end import to_the_end
 from cpbench.stats import median
@@ -36,7 +36,7 @@ from cpbench.stats import median
 STRETCH = 5e-3  # seconds of work between two readings of a clock; a single call may take microseconds
 ROUNDS, REPEATS = 3, 5  # over all trials of a kind, and of a trial in each
 BUDGET, LONG = 0.06, 0.2  # seconds of the repeats of a trial, and of a call from which on one must do
-CALLS, BEFORE = 10, 1e-3  # of a collective in each round, and seconds of work before each
+FEW, MANY, TOGETHER = 5, 30, 0.08  # calls of a collective in each round: many, but no more than take so many seconds or are few
 WORK_SECONDS, TRANSFER_FACTOR = 0.02, 3.0  # of what runs beside a transfer, and how much longer that is
 OPERATIONS = ("send_recv", "all_gather", "reduce_scatter", "all_to_all", "all_reduce")
 
@@ -55,15 +55,12 @@ def main(path: str) -> None:
         stop_process_groups()
 
 
-Times = Callable[[Callable[[], object]], list[float]]
-
-
 @dataclass(frozen=True)
 class Trial:
     """Something to time: the row that says what, and the call, which holds its tensors only as long as it is timed."""
 
     row: dict[str, Any]
-    make: Callable[[], Callable[[], object]]
+    make: Callable[[], Callable[[], Any]]
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,15 @@ class Calibration:
             self._measure(list(self._collectives(sizes)), partial(self._waits, self._work(sizes, BEFORE)), mean)
             if self.job["compute"]:
                 self._write("contention", **self._contention(sizes))
+                if self.device.torch_device.type == "cpu":  # GPUs have a stream for it
+                    self._measure(list(self._behind(sizes)), lambda waits: waits(), mean)
 
     def _write(self, what: str, **fields: Any) -> None:
         if self.group.rank == 0:
             with Path(self.job["rows"]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"what": what, "ranks": self.group.size, **fields}) + "\n")
 
-    def _measure(self, trials: Sequence[Trial], times: Times, middle: Callable[[Sequence[float]], float]) -> None:
+    def _measure(self, trials: Sequence[Trial], times: Callable[[Any], list[float]], middle: Callable[[Sequence[float]], float]) -> None:
         """Write the times of some trials. Rounds go over all of them, so that what disturbs the machine for a while disturbs each a little."""
         taken: list[list[float]] = [[] for _ in trials]
         for _ in range(1 if self.job["quick"] else ROUNDS):
@@ -123,7 +122,7 @@ class Calibration:
         marks: list[tuple[Any, object, Any]] = []
 
         def calls() -> None:
-            for _ in range(CALLS):
+            for _ in range(max(FEW, min(MANY, round(TOGETHER / first)))):
                 work()
                 marks.append((self.device.mark(), call(), self.device.mark()))
 
@@ -184,6 +183,15 @@ class Calibration:
             for travels in sizes.collective_bytes:
                 make = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
                 yield Trial({"what": "collective", "operation": operation, "bytes": travels}, make)
+
+    def _behind(self, sizes: Sizes) -> Iterator[Trial]:
+        """Some collectives behind less and more work."""
+        works = {seconds: self._work(sizes, seconds) for seconds in BEHIND}
+        for operation, travels in BEHIND_TRIALS:
+            for seconds, work in works.items():
+                call = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
+                row = {"what": "behind", "operation": operation, "bytes": travels, "work_s": seconds}
+                yield Trial(row, partial(lambda work, call: partial(self._waits, work, call()), work, call))
 
     def _work(self, sizes: Sizes, seconds: float) -> Callable[[], object]:
         """Products that take so long."""

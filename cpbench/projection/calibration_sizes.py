@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BEFORE = 1e-3  # seconds of work before each collective
+BEHIND = (3e-4, BEFORE, 3e-3, 1e-2, 3e-2)  # before those that say what it matters, which are these, with bytes received
+BEHIND_TRIALS = tuple((operation, size) for operation in ("send_recv", "all_reduce") for size in (1 << 16, 1 << 20))
 Gemm = tuple[int, int, int]  # m, n, k
 
 

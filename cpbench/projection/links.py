@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import pairwise
 from math import ceil, log2
 from typing import Annotated, Literal
 
@@ -103,7 +104,9 @@ class Contention(Part):
 
 class LinkCosts(Part):
     """The links of a device. `step`: seconds of each rank beyond those measured. `in_model`: the part by which collectives inside a model
-    take longer than alone. `most_ranks`: of a group inside of a node, where more depend on the board; None: no limit."""
+    take longer than alone. `behind`: (seconds of work, seconds that a collective behind so much work takes more than those of `inside`): threads
+    that communicate get a core later, the longer it was somebody else's. `most_ranks`: of a group inside of a node, where more depend on the
+    board; None: no limit."""
 
     title: str
     inside: Inside
@@ -111,6 +114,7 @@ class LinkCosts(Part):
     in_model: Number
     between: Between | None = None
     contention: Contention
+    behind: tuple[tuple[NotNegative, float], ...] = ()
     most_ranks: int | None = None
 
 
@@ -183,6 +187,16 @@ class Links:
     def drag(self, ranks: Sequence[int]) -> float:
         """The part by which a transfer of this group slows while its ranks work."""
         return self._contended(self.costs.contention.transfer) if len(ranks) > 1 else 0.0
+
+    def late(self, work_s: float) -> float:
+        """Seconds that a collective takes more behind so much work, on the line between two that were measured."""
+        known = self.costs.behind
+        if not known or work_s <= known[0][0]:
+            return known[0][1] if known else 0.0
+        for (less, before), (more, after) in pairwise(known):
+            if work_s <= more:
+                return before + (after - before) * (work_s - less) / (more - less)
+        return known[-1][1]
 
     def outside(self, operation: str, ranks: Sequence[int], travels: float) -> str | None:
         """A phrase for a collective inside of a node that nothing was measured for; None for one within what was."""

@@ -6,11 +6,12 @@ measured, by a group of processes of this machine (rank.py). Which cells there a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cpbench.cell import Cell
+from cpbench.cell import NOT_COMPILED, Cell
+from cpbench.distributed.traffic import Transfer
 from cpbench.errors import CpbenchError
 from cpbench.formulas import flops_of_rank, live_bytes
 from cpbench.kernels.base import Kernel
@@ -25,6 +26,7 @@ from cpbench.projection.simulated import META, classes, peak_of, simulate, witho
 from cpbench.projection.tape import Script
 from cpbench.records import TIME_METRIC, not_measured
 from cpbench.results import CellResult, Metric, Projection
+from cpbench.strategies import STRATEGIES
 
 JITTER = 0.01  # of a rank's work, one standard deviation: assumed; sweeps show skews of 1.00 to 1.03 between ranks with equal work
 Compute = Literal["lookup", "measured"]
@@ -48,6 +50,11 @@ class Target:
         """The links of so many ranks."""
         links = Links(profile.links, Topology(ranks, self.per_node(profile)))
         return links.with_link(self.link) if self.link else links
+
+    def pause(self, ranks: int) -> Callable[[Transfer], float]:
+        """About how long transfers between so many ranks take, where they are next to each other."""
+        links = self.links(self.profile(), ranks)
+        return lambda transfer: links.seconds(transfer.operation, range(transfer.size), transfer.travels)
 
     def per_node(self, profile: DeviceProfile) -> int:
         return self.gpus_per_node or profile.gpus_per_node
@@ -185,10 +192,16 @@ def _metrics(cell: Cell, outcome: Outcome, scripts: Sequence[Script], peak: int,
 
 
 def peak(cell: Cell, profile: DeviceProfile) -> tuple[int, int, dict[str, int]]:
-    """The rank whose live tensors need most by the closed form, its peak by its own program, and what that is made of."""
-    heaviest = max(classes(cell), key=lambda rank: live_bytes(cell, rank))
+    """The rank whose live tensors need most by the closed form, its peak by its own program, and what that is made of.
+
+    What a library does differently from rank to rank is in no closed form: there the first and the last of those ranks have their programs run.
+    """
+    needs = {rank: live_bytes(cell, rank) for rank in classes(cell)}
+    heaviest = [rank for rank, most in needs.items() if most == max(needs.values())]
     with without_storage(kind_of_device(profile)):
-        return heaviest, *peak_of(cell, heaviest, _kernel(profile, PricedClock(profile)))
+        kernel = _kernel(profile, PricedClock(profile))
+        found = [(rank, *peak_of(cell, rank, kernel)) for rank in sorted({heaviest[0], heaviest[-1 if library_of(cell) else 0]})]
+    return max(found, key=lambda one: one[1])
 
 
 def _links_outside(cell: Cell, scripts: Sequence[Script], links: Links) -> list[str]:
@@ -212,4 +225,13 @@ def _assumptions(cell: Cell) -> list[str]:
     """What the simulation takes for granted of this cell."""
     even = ["routers are taken to give all experts as many rows"] if cell.has_experts else []
     fused = ["products that are fused with collectives are priced one after the other"] if cell.sp_fused else []
-    return even + fused
+    library = library_of(cell)
+    brought = [f"collectives of {library} cost what those of cpbench do"] if library else []
+    compiled = ["what would be compiled is priced as it is before"] if library and cell.compile != NOT_COMPILED else []
+    return even + fused + brought + compiled
+
+
+def library_of(cell: Cell) -> str | None:
+    """The strategy of a cell that brings its own collectives, if there is one."""
+    steps = (step.strategy for part in cell.parts for step in part.cell.steps)
+    return next((name for name in steps if STRATEGIES[name].brings_collectives), None)

@@ -2,7 +2,7 @@
 
 The processes of a group stand for ranks that share this machine, and work at the same time, as those would; each takes its share of the ranks that
 differ. What a rank did is written as a script. The first process then works out what follows (projecting.py), while the others wait: who asked
-must not work beside what is measured.
+must not work beside what is measured. They wait for each other without a process group: what a rank of another world needs takes its place.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cpbench.cell import Cell
-from cpbench.distributed.collectives import start_process_groups, stop_process_groups
-from cpbench.distributed.mesh import Mesh
+from cpbench.distributed.fake import leave
+from cpbench.distributed.store import Meeting
 from cpbench.kernels import kernel_of
-from cpbench.layout import Layout
 from cpbench.measure.device import Device, open_device
 from cpbench.projection.projecting import Recorded, Target, attempt, passes_of
 from cpbench.projection.simulated import classes, recordings
@@ -41,38 +39,40 @@ def main(path: str) -> None:
     with to_the_end(job.fail):
         torch.set_num_threads(job.data["threads"])
         device = open_device(job.data["device"], int(os.environ["LOCAL_RANK"]), job.data["memory_limit"])
-        start_process_groups(device.torch_device)
         size = job.data["world_size"]
-        world = Mesh(job.rank, size, device.torch_device.type).groups(Layout(dp=size)).world
+        target = Target(**job.data["target"])
+        meeting = Meeting(Path(job.data["events"]).with_name("meeting"), size)
         job.emit("ready", environment=running_environment(device))
         for entry in job.data["cells"]:
             job.start([entry])
             file = Path(job.data["events"]).with_name(f"scripts-{entry['index']}")
             cell = Cell.from_dict(entry["cell"])
-            write(file, job.rank, _record(job, cell, device, world))
-            world.barrier()
+            write(file, job.rank, _record(job, cell, device, meeting, target))
+            meeting.wait()
             if job.rank == 0:
-                found = attempt(entry["cell"], Target(**job.data["target"]), passes_of(cell, read(file, size)), device.name)
+                found = attempt(entry["cell"], target, passes_of(cell, read(file, size)), device.name)
                 job.emit("done", index=entry["index"], record=found.model_dump(mode="json"))
             gc.collect()
-            world.barrier()
-        stop_process_groups()
+            meeting.wait()
         job.emit("end")
 
 
-def _record(job: Job, cell: Cell, device: Device, world: Any) -> Recorded:
+def _record(job: Job, cell: Cell, device: Device, meeting: Meeting, target: Target) -> Recorded:
     """Passes of this process's share of the ranks that differ. Who has none left works on, so that the others are not alone."""
+    is_cuda = cell.device == "cuda"
+    pause = None if is_cuda else target.pause(cell.world_size)  # a stream of a GPU waits by itself, and a thread does not
     kernel, different = kernel_of(cell), list(classes(cell))
-    rounds = -(-len(different) // world.size)
+    size = job.data["world_size"]
     found: Recorded = {}
-    for turn in range(rounds):
-        rank = different[(turn * world.size + world.rank) % len(different)]
-        world.barrier()
+    for turn in range(-(-len(different) // size)):
+        rank = different[(turn * size + job.rank) % len(different)]
+        meeting.wait()
         began, found[rank] = time.perf_counter(), []
-        for script in recordings(cell, rank, kernel, device, device.torch_device, each=LAYERS, is_nccl=cell.device == "cuda"):
+        for script in recordings(cell, rank, kernel, device, device.torch_device, each=LAYERS, is_nccl=is_cuda, pause=pause):
             found[rank].append(script)
             if len(found[rank]) >= LEAST and (len(found[rank]) == MOST or time.perf_counter() - began > SECONDS):
                 break
+    leave()
     return found
 
 

@@ -41,6 +41,9 @@ class Costs(Protocol):
     def drag(self, ranks: Sequence[int]) -> float:
         """By what part a transfer of these ranks is slower while work is done."""
 
+    def late(self, work_s: float) -> float:
+        """Seconds that a transfer takes more when its ranks have worked so long before."""
+
 
 @dataclass(frozen=True)
 class RankOutcome:
@@ -228,6 +231,7 @@ class _Replay:
                 begins, latest = max(begins, moment), max(latest, since)
         begins += self.jitter * sqrt(2 * log(transfer.size)) * latest
         seconds, kappa, drag = self._price(number, flight)
+        seconds = max(0.0, seconds + self.costs.late(latest))
         behind = min(seconds, max(0.0, rank.now - begins) * (1 - drag))  # what of it was done behind work
         ends = begins + behind / (1 - drag) + seconds - behind
         self.free[number, key] = ends

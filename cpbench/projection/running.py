@@ -81,7 +81,7 @@ def run_projection(
 
         able: list[Cell] = []
         for planned in plan.cells:
-            reason = _refusal(planned)
+            reason = _refusal(planned, target)
             if reason:
                 keep(not_measured(planned.cell, "unsupported", reason))
             else:
@@ -110,15 +110,17 @@ def exit_code(result: ResultFile) -> int:
     return 0 if all(tried) else SOME_FAILED if any(tried) else ALL_FAILED
 
 
-def _refusal(planned: PlannedCell) -> str | None:
+def _refusal(planned: PlannedCell, target: Target) -> str | None:
     """Why a cell cannot be projected."""
     if planned.status == "unsupported":
         return planned.reason or "not supported"
     idle = sum(not part.sequences for part in planned.cell.parts)
     if idle:
         return f"{idle} of {planned.cell.layout.dp} attention-DP groups have no sequence; the same without them is another layout"
-    library = [step.strategy for part in planned.cell.parts for step in part.cell.steps if STRATEGIES[step.strategy].brings_collectives]
-    return f"{library[0]} brings its own collectives, which a projection does not see; the nearest valid strategy is allgather" if library else None
+    own = [step.strategy for part in planned.cell.parts for step in part.cell.steps if STRATEGIES[step.strategy].brings_kernels]
+    if own and target.compute == "lookup":
+        return f"{own[0]} brings kernels of its own, which no profile knows; measure them with --compute measured, or the nearest valid strategy is ring"
+    return None
 
 
 def _looked_up(cells: Sequence[Cell], target: Target, machine: Machine) -> Iterator[CellResult]:

@@ -7,7 +7,7 @@ models and prompts of any size pass in milliseconds. Which ranks are worth a run
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -18,7 +18,9 @@ from torch import Tensor
 from cpbench.buffers import CATEGORIES
 from cpbench.cell import Cell
 from cpbench.device_kind import standing_for
+from cpbench.distributed.fake import leave
 from cpbench.distributed.mesh import null_groups
+from cpbench.distributed.traffic import Transfer
 from cpbench.kernels.base import Kernel
 from cpbench.measure.memory import LiveTensors
 from cpbench.models.decoder import Decoder, Slice, parameters_of
@@ -122,10 +124,19 @@ def simulate(
 
 
 def recordings(
-    cell: Cell, rank: int, kernel: Kernel, clock: Clock, device: torch.device, *, each: int = 1, is_nccl: bool = False, detailed: bool = False
+    cell: Cell,
+    rank: int,
+    kernel: Kernel,
+    clock: Clock,
+    device: torch.device,
+    *,
+    each: int = 1,
+    is_nccl: bool = False,
+    detailed: bool = False,
+    pause: Callable[[Transfer], float] | None = None,
 ) -> Iterator[Script]:
-    """What a rank does in one pass after another, after one that is not counted where the work is done."""
-    tape = Tape(clock.mark, detailed)
+    """What a rank does in one pass after another, after one that is not counted where the work is done. `pause`: see Tape."""
+    tape = Tape(clock.mark, detailed, pause)
     program = _program(cell, rank, kernel, device, tape, each, is_nccl)
     counts = stand_ins(cell, program.slice.layers, each)
     tape.fills = not _is_shaped(device)  # buffers keep the values, and later passes do not pay for them
@@ -206,12 +217,21 @@ def _kind(cell: Cell, rank: int) -> Hashable:
     ends = (place.pp == 0, place.pp == layout.pp - 1)
     layers = tuple(cell.config.kinds(cell.stage_layers(place.pp)).values()) if cell.target != "attention" else ()
     held = tuple(len(rows.held(place)) for rows in cell.token_rows)
-    plans = tuple(repr(STRATEGIES[step.strategy].plan(step, place.cp)) for step in part.steps)
+    plans = tuple(_plan(step, place.cp) for step in part.steps)
     return ends, layers, held, plans, part.lengths, part.prefixes
+
+
+def _plan(step: Cell, place: int) -> str:
+    """What a place in the cp group does. Libraries have their own way to know theirs."""
+    strategy = STRATEGIES[step.strategy]
+    return f"{strategy.plan(step, place)}{place if strategy.brings_collectives else ''}"
 
 
 @contextmanager
 def without_storage(kind: str) -> Iterator[None]:
     """Tensors without storage stand for those of a kind of device."""
     with standing_for(kind), torch.inference_mode():
-        yield
+        try:
+            yield
+        finally:
+            leave()

@@ -7,6 +7,7 @@ say how often they run. What transfers take, and who waits for whom, is worked o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,27 +95,41 @@ class _Entry:
     name: str = ""  # of the span before
     is_layer: bool = False
     layer: int | None = None  # that begins here
+    resumed: Any = None  # where the rank went on, if it paused
 
 
 @dataclass
 class Tape:
-    """A recording of one rank. It is a tool for spans, too, because only these know where layers begin. `detailed`: work is cut where spans are."""
+    """A recording of one rank. It is a tool for spans, too, because only these know where layers begin. `detailed`: work is cut where spans are.
+
+    `pause`: about what a transfer takes in seconds, for which a wait lets go of the core, as it would if it were one. Work behind a pause is
+    slower than work in a row: others have used core and caches, and the scheduler has to find one again.
+    """
 
     clock: Clock
     detailed: bool = False
+    pause: Callable[[Transfer], float] | None = None
     fills: bool = False  # as the null backend has it
     entries: list[_Entry] = field(default_factory=list)
     _open: list[str] = field(default_factory=list)
     _started: int = 0
+    _until: dict[int, float] = field(default_factory=dict)  # when the transfers that were started would be over
 
     def start(self, transfer: Transfer) -> int:
         """A collective starts; its number."""
         self._started += 1
+        if self.pause is not None:
+            self._until[self._started] = time.perf_counter() + self.pause(transfer)
         self.entries.append(_Entry(self.clock(), self._started, transfer, self._name))
         return self._started
 
     def wait(self, number: int) -> None:
-        self.entries.append(_Entry(self.clock(), number, None, self._name))
+        entry = _Entry(self.clock(), number, name=self._name)
+        self.entries.append(entry)
+        left = self._until.pop(number, 0.0) - time.perf_counter() if self._until else 0.0
+        if left > 0:
+            time.sleep(left)
+            entry.resumed = self.clock()
 
     def enter(self, path: str, category: Category, payload: float | None) -> None:
         self._border(path == LAYER.name, int(payload or 0))
@@ -147,7 +162,7 @@ class Tape:
         under_way: dict[int, bool] = {}  # whether a layer started it
         last, work = self.entries[0].mark, 0.0
         for entry in [*self.entries[1:], _Entry(end, is_layer=True)]:
-            work, last = work + max(0.0, between(last, entry.mark)), entry.mark
+            work, last = work + max(0.0, between(last, entry.mark)), entry.mark if entry.resumed is None else entry.resumed
             if not entry.is_layer:
                 steps.append(Step(work, entry.number, entry.transfer, entry.name))
                 work = 0.0

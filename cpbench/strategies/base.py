@@ -73,6 +73,7 @@ class Strategy(ABC):
     keeps_local_rows = False  # True: a rank's kept K/V are its own rows; False: the strategy writes what it keeps
     divides_group = False  # True: a hybrid, for layouts that cut the group in two
     brings_collectives = False  # True: another library communicates, so no formula predicts its traffic
+    brings_kernels = False  # True: and attends, whichever kernel the cell names
     shards_heads = False  # True: also for layouts that divide nothing but heads
     compiles = False  # True: its attention can be compiled
     collects = False  # True: it can bring all rows that a rank's queries see, for attention that selects among them

@@ -36,6 +36,7 @@ HALF_PRECISION = ("bfloat16", "float16")
 class ExternalStrategy(LibraryStrategy):
     """A package that is not a dependency of cpbench and runs on CUDA only."""
 
+    brings_kernels = True
     modules: tuple[str, ...]
     install: str
 

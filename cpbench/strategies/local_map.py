@@ -101,7 +101,7 @@ class LocalMap(BatchStrategy):
 
     def attend(self, q_THD: Tensor, rows_SW: Tensor, open_rows: OpenRows, plan: LocalMapPlan, context: Context, layer: int) -> Tensor:
         region = Region(_mesh(context.groups, q_THD.device.type), plan.order, plan.own, context.scale, plan.compile)
-        if context.group.recorder.observation is not None:  # what watches operators sees none inside a compiled region
+        if context.group.is_watched:
             region = replace(region, compile=NOT_COMPILED)
         blocks = [x.unflatten(0, (plan.blocks, plan.sequences, -1)).transpose(0, 1) for x in (q_THD, *open_rows(rows_SW))]
         if region.compile != NOT_COMPILED:
@@ -133,7 +133,8 @@ def _mesh(groups: Groups, device: str) -> Mesh:
     layout, place = groups.layout, groups.place
     parts = [(axis, group) for axis, group in (("cp", groups.cp), ("tp", groups.tp)) if group.size > 1]
     ranks = tuple(layout.rank_of(place.pp, place.dp, cp, tp) for cp in range(layout.cp) for tp in range(layout.tp))
-    return Mesh(tuple((axis, group.process_group) for axis, group in parts), tuple(group.size for _, group in parts), ranks, device)
+    handles = tuple((axis, group.process_group) for axis, group in parts)
+    return Mesh(handles, tuple(group.size for _, group in parts), ranks, "cpu" if device == "meta" else device)  # PyTorch knows no mesh of meta
 
 
 def _mark_dynamic(blocks: list[Tensor]) -> None:

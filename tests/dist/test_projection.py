@@ -12,10 +12,11 @@ FIELDS = (
     {"model": "qwen3-tiny", "layouts": ["cp2", "tp2", "tp2sp"], "strategies": ["ring", "allgather", "ulysses"], "seq": "256,1k"},
     {"model": "deepseek-v3-tiny", "layouts": ["cp2", "tp2"], "strategies": ["ring"], "seq": "512", "chunk": "256"},
     {"model": "qwen3-moe-tiny", "layouts": ["cp2/ep2", "tp2/ep2"], "strategies": ["allgather"], "seq": "1k", "router": "uniform"},
+    {"model": "qwen3-tiny", "layouts": ["cp2"], "strategies": ["torch-cp", "torch-cp-ring", "local-map"], "seq": "256,1k"},
 )
 
 
-@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: fields["model"])
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: f"{fields['model']}-{fields['strategies'][0]}")
 def test_the_projected_peak_and_bytes_are_those_of_a_sweep(tmp_path, fields):
     asked = {**fields, "seq": fields["seq"].split(","), "layers": 4}
     result = sweep(tmp_path / "measured.json", **asked)

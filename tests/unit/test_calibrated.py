@@ -12,14 +12,14 @@ from cpbench.errors import ALL_FAILED, CpbenchError
 from cpbench.projection import calibrating
 from cpbench.projection.calibrated import contention_of, nearest, profile_of
 from cpbench.projection.calibrating import Asked, asked, calibrate
-from cpbench.projection.calibration_sizes import SIZES, Sizes, attentions_of, gemms_of
+from cpbench.projection.calibration_sizes import BEFORE, BEHIND, SIZES, Sizes, attentions_of, gemms_of
 from cpbench.projection.links import Inside, Links, Topology
 from cpbench.projection.profile import load_profile
 from cpbench.report.calibration import calibration_view
 
 CPU = Machine("cpu", 0, 2, 8 << 30, "Example CPU")
 CUDA = Machine("cuda", 1, 16, 64 << 30, "Example CPU", ("NVIDIA H200",), 139 << 30, "580.1")
-RATE, PAIR_RATE, COPY, WIRE, FIRST = 4e10, 2e10, 1e10, 1e9, 1e-4
+RATE, PAIR_RATE, COPY, WIRE, FIRST, LATE = 4e10, 2e10, 1e10, 1e9, 1e-4, 0.01
 
 
 def rows_of(ranks, device="cpu", name="cpu", compute=True):
@@ -41,6 +41,9 @@ def rows_of(ranks, device="cpu", name="cpu", compute=True):
             rows += [{"what": "collective", "operation": operation, "bytes": 4096 << at, "seconds": FIRST + (4096 << at) / WIRE} for at in range(12)]
         if compute:
             rows.append({"what": "contention", "work_s": 0.01, "transfer_s": 0.04, "work_during_s": 0.02, "both_s": 0.045})
+            for operation in ("send_recv", "all_reduce"):
+                behind = {"what": "behind", "operation": operation, "bytes": 4096}
+                rows += [{**behind, "work_s": work_s, "seconds": FIRST + LATE * (work_s - BEFORE)} for work_s in BEHIND]
     return [{"ranks": ranks, **row} for row in rows]
 
 
@@ -52,6 +55,9 @@ def test_the_profile_gives_back_what_was_measured(tmp_path):
     links = Links(profile.links, Topology(2, profile.gpus_per_node))
     assert links.seconds("all_gather", [0, 1], 1e6) == pytest.approx(FIRST + 1e6 / WIRE, rel=1e-3)
     assert links.kappa([0, 1]) == pytest.approx(0.5)
+    within = [BEHIND[0], BEFORE, 5e-3, BEHIND[-1]]
+    assert [links.late(work_s) for work_s in within] == pytest.approx([LATE * (work_s - BEFORE) for work_s in within])
+    assert (links.late(0.0), links.late(9.0)) == (links.late(BEHIND[0]), links.late(BEHIND[-1]))
     assert profile.memory_bytes == 4 << 30
     assert profile.name == "cpu"
     assert profile.title == "Example CPU, calibrated: 2 ranks busy, 1 thread each"

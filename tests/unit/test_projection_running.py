@@ -23,6 +23,7 @@ from cpbench.projection.tape import Script, Section
 from cpbench.reading import read
 from cpbench.results import CellResult, ResultFile
 from cpbench.scenario import Scenario, parse_scenario, resolve
+from cpbench.strategies import external
 from tests.unit.fakes import CPU, Action, FakeGroup, FakeLauncher, raises
 
 MEASURED = Target("cpu", gpus_per_node=8, compute="measured")
@@ -122,11 +123,20 @@ def test_an_interruption_keeps_what_is_done(tmp_path: Path, target: Target) -> N
 
 
 def test_cells_that_cannot_be_projected_say_why_and_are_no_failure(tmp_path: Path) -> None:
-    result = projected(tmp_path, target=Target("cpu", gpus_per_node=8), cp="2,3", strategies="ring,ulysses,torch-cp", dp="1,2")
+    result = projected(tmp_path, target=Target("cpu", gpus_per_node=8), cp="2,3", strategies="ring,ulysses", dp="1,2")
     reasons = " ".join(cell.reason or "" for cell in result.cells)
-    assert "brings its own collectives" in reasons and "have no sequence" in reasons and "do not divide over" in reasons
+    assert "have no sequence" in reasons and "do not divide over" in reasons
     assert set(statuses(result)) == {"ok", "unsupported"}
     assert exit_code(result) == 0
+
+
+def test_kernels_that_a_library_brings_have_no_price(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(external, "missing", lambda modules, how: None)
+    result = projected(tmp_path, target=Target("h200"), strategies="ring,ring-flash-attn", dtype="bfloat16")
+    found = {cell.key["strategy"]: (cell.status, cell.reason or "") for cell in result.cells}
+    assert found["ring"] == ("ok", "")
+    assert found["ring-flash-attn"][0] == "unsupported"
+    assert "brings kernels of its own" in found["ring-flash-attn"][1] and "--compute measured" in found["ring-flash-attn"][1]
 
 
 def test_a_program_that_raises_is_a_crash_of_its_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ class Flat:
 
     slower: float = 0.0
     dragged: float = 0.0
+    later: float = 0.0
     asked: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
 
     def seconds(self, operation: str, ranks: Sequence[int], travels: int) -> float:
@@ -32,6 +33,9 @@ class Flat:
 
     def kappa(self, ranks: Sequence[int]) -> float:
         return self.slower
+
+    def late(self, work_s: float) -> float:
+        return self.later if work_s >= 1.0 else 0.0
 
     def drag(self, ranks: Sequence[int]) -> float:
         return self.dragged
@@ -56,6 +60,15 @@ def blocking(work: float, transfer: Transfer, number: int = 1) -> tuple[Step, St
 
 def played(layout: str, scripts: Sequence[Script], costs: Flat | None = None, jitter: float = 0.0, watched: int | None = None) -> Outcome:
     return replay(Layout.parse(layout), scripts, costs or Flat(), jitter, watched)
+
+
+def test_a_transfer_behind_much_work_takes_longer() -> None:
+    """By the work of the rank that worked longer since it last waited."""
+    costs = Flat(later=0.25)
+    one, other = script(*blocking(0.5, whole("cp", 2, 1))), script(*blocking(2.0, whole("cp", 2, 1)))
+    assert played("cp2", [one, one], costs).seconds == 1.5
+    assert played("cp2", [one, other], costs).seconds == 2.0 + 1.0 + 0.25
+    assert played("cp2", [one, other], Flat(later=-5.0)).seconds == 2.0, "nothing takes less than no time"
 
 
 def ends(outcome: Outcome) -> list[float]:

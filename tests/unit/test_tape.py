@@ -17,12 +17,20 @@ RECEIVE = Transfer("pp", 2, "send_recv", 50, (), (1,))
 
 
 class Ticks:
-    """A clock that stands still until it is told to go on."""
+    """A clock that stands still until it is told to go on, or somebody sleeps."""
 
-    now = 0.0
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
 
     def mark(self) -> float:
         return self.now
+
+    perf_counter = mark
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
 
 
 def between(first: float, second: float) -> float:
@@ -111,3 +119,20 @@ sections = st.builds(Section, st.lists(steps, max_size=4).map(tuple), st.floats(
 @given(st.lists(sections, max_size=4).map(tuple).map(Script))
 def test_a_script_survives_json(script: Script) -> None:
     assert Script.from_dict(json.loads(json.dumps(script.to_dict()))) == script
+
+
+def test_a_wait_pauses_for_what_is_left_of_its_transfer_and_that_is_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ticks()
+    monkeypatch.setattr("cpbench.projection.tape.time", clock)
+    tape = Tape(clock.mark, pause=lambda transfer: 5.0)
+    tape.begin()
+    tape.wait(tape.start(GATHER))
+    clock.now += 1.0
+    number = tape.start(GATHER)
+    clock.now += 3.0
+    tape.wait(number)
+    number = tape.start(GATHER)
+    clock.now += 7.0
+    tape.wait(number)
+    assert clock.slept == [5.0, 2.0]
+    assert [step.work_s for step in tape.script(clock.now, between, lambda layer: 1).sections[0].steps] == [0.0, 0.0, 1.0, 3.0, 0.0, 7.0]
