@@ -1,12 +1,13 @@
 """How far projections are from measurements: those that others published, or those of this machine.
 
     python benchmarks/projection_validation.py
-    python benchmarks/projection_validation.py --measure
+    python benchmarks/projection_validation.py --measure --turns 5 --keep FOLDER
 
 The first projects every row of cpbench/projection/studies with the machine of its study put into the nearest profile, and fits nothing to a row
 that it predicts. The second needs a quiet machine for about twenty minutes: two ranks are calibrated, cells are swept over gloo and projected with
-compute measured by each rank alone, all in turn and several times, because a machine that others share too has slow minutes.
-Printed is every row with its parts, the mean and worst error of the medians, and how far a measurement is from the same one in another round.
+compute measured by each rank alone, all in turn and several times, because a machine that others share too has slow minutes. Turns that are kept in a
+folder are added to. Printed is every row with its parts, the mean and worst error of the turn in the middle, and how far a measurement is from the
+same one in another turn.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from cpbench.stats import median
 
 SMALL, WAITING = 0.020, 1 / 3  # seconds, and part of the time that is waited: shorter cells, and those bound by communication, are judged apart
 COUNTED = 0.01  # by what part peaks may differ
-ROUNDS = 5
+TURNS = 5
 SWEEPS = (
     ("--model", "qwen3-tiny", "--layouts", "cp2,tp2,tp2sp", "--strategy", "ring,allgather,ulysses", "--seq", "4k,2k,1k,256,64"),
     ("--model", "deepseek-v3-tiny", "--layouts", "cp2,tp2", "--strategy", "ring", "--seq", "1k"),
@@ -50,10 +51,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="hold projections against this machine instead of against what was published")
     parser.add_argument("--quick", action="store_true", help="with --measure: a few sizes and cells, to see that it works")
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"with --measure: how many to add ({TURNS})")
+    parser.add_argument("--keep", type=Path, help="with --measure: a folder for the files of all turns")
     options = parser.parse_args()
     if options.measure:
-        with tempfile.TemporaryDirectory() as folder:
-            on_this_machine(Path(folder), options.quick)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = options.keep or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            take_turns(folder, 1 if options.quick else options.turns, options.quick)
+            hold_against_each_other(folder)
     else:
         against_published()
 
@@ -103,31 +109,36 @@ def _show_merges(study: Study) -> None:
         print(f"  seven merges, {machine.title}: {ours:.2f} ms in the projected program, {theirs:.2f} ms by the library's operators unless fused")
 
 
-def on_this_machine(folder: Path, quick: bool) -> None:
-    """Calibrate, sweep, project, and hold against each other what is of the same cell."""
-    measured: dict[str, list[CellResult]] = defaultdict(list)
-    projected: dict[str, list[CellResult]] = defaultdict(list)
-    for turn in range(1 if quick else ROUNDS):
+def take_turns(folder: Path, turns: int, quick: bool) -> None:
+    """Calibrate, sweep and project, so often in turn; behind the turns that a folder has."""
+    first = len(list(folder.glob("profile*.json")))
+    for turn in range(first, first + turns):
         profile = folder / f"profile{turn}.json"
         _cpbench("calibrate", "--max-ranks", "2", "--device", "cpu", "--output", str(profile), "--quiet", *(["--quick"] if quick else []))
         for number, sweep in enumerate(SWEEPS[-2:] if quick else SWEEPS):
-            files = [folder / f"{kind}{turn}-{number}.json" for kind in ("measured", "projected")]
-            _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", str(files[0]))
-            _cpbench("project", *sweep, *SAME, "--hardware", str(profile), "--compute", "measured", "--output", str(files[1]))
-            for file, found in zip(files, (measured, projected), strict=True):
-                for cell in read(file).cells:
-                    found[cell.id].append(cell)
+            measured, projected = (str(folder / f"{kind}{turn}-{number}.json") for kind in ("measured", "projected"))
+            _cpbench("sweep", *sweep, *SAME, "--set", "timing.max_seconds=2", "--output", measured)
+            _cpbench("project", *sweep, *SAME, "--hardware", str(profile), "--compute", "measured", "--output", projected)
+
+
+def hold_against_each_other(folder: Path) -> None:
+    """Of every cell the turns in which it was measured and projected."""
+    turns: dict[str, list[tuple[CellResult, CellResult]]] = defaultdict(list)
+    for file in sorted(folder.glob("projected*.json")):
+        projected = {cell.id: cell for cell in read(file).cells}
+        for cell in read(file.with_name(file.name.replace("projected", "measured"))).cells:
+            turns[cell.id].append((cell, projected[cell.id]))
     errors: dict[bool, list[float]] = {True: [], False: []}
     peaks, again = [], []
-    print("cell, measured and projected: TTFT, error; compute; waiting; peak of live tensors, error (ms, MB)")
-    for name, cells in measured.items():
-        others = projected[name]
-        failed = [cell for cell in (*cells, *others) if cell.status != "ok"]
+    print(f"{max(map(len, turns.values()))} turns. Cell, measured and projected: TTFT, error; compute; waiting; peak of live tensors, error (ms, MB)")
+    for name, pairs in turns.items():
+        failed = [cell for pair in pairs for cell in pair if cell.status != "ok"]
         if failed:
             print(f"{name}: {failed[0].status} {failed[0].reason or ''}")
             continue
+        cells, others = zip(*pairs, strict=True)
         time, held = median_of(cells, "ttft_s"), median_of(others, "projected_peak_live_bytes")
-        error = median_of(others, "projected_ttft_s") / time - 1
+        error = median([other.metrics["projected_ttft_s"].median / cell.metrics["ttft_s"].median for cell, other in pairs]) - 1
         errors[time < SMALL or median_of(cells, "exposed_comm_s") > WAITING * time].append(error)
         again += [cell.metrics["ttft_s"].median / median_of([*cells[:turn], *cells[turn + 1 :]], "ttft_s") - 1 for turn, cell in enumerate(cells) if cells[1:]]
         peak = max(cell.memory.peak_live_bytes for cell in cells if cell.memory and cell.memory.peak_live_bytes)
@@ -139,12 +150,12 @@ def on_this_machine(folder: Path, quick: bool) -> None:
         print(f"{name.split('/l')[0]:26} {_of(cells[0]):26} {whole} {error:+6.1%}; {'; '.join(parts)}; {sizes}")
     print(_summary(f"cells above {1e3 * SMALL:.0f} ms", errors[False]))
     print(_summary(f"shorter cells, and those that wait for more than {WAITING:.0%} of their time", errors[True]))
-    print(_summary("a round of a cell, against the others of the same cell", again))
+    print(_summary("a turn of a cell, against the others of the same cell", again))
     print(_summary("peaks of live tensors", peaks), f"{sum(abs(more) > COUNTED for more in peaks)} differ by more than {COUNTED:.0%}")
 
 
 def median_of(cells: Sequence[CellResult], name: str) -> float:
-    """A metric in the round in the middle."""
+    """A metric in the turn in the middle."""
     return median([cell.metrics[name].median for cell in cells])
 
 

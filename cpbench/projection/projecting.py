@@ -226,7 +226,7 @@ def _assumptions(cell: Cell) -> list[str]:
     even = ["routers are taken to give all experts as many rows"] if cell.has_experts else []
     fused = ["products that are fused with collectives are priced one after the other"] if cell.sp_fused else []
     library = library_of(cell)
-    brought = [f"collectives of {library} cost what those of cpbench do"] if library else []
+    brought = ["collectives of a library are taken to cost what those of cpbench do"] if library else []
     compiled = ["what would be compiled is priced as it is before"] if library and cell.compile != NOT_COMPILED else []
     return even + fused + brought + compiled
 

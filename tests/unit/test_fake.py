@@ -199,7 +199,7 @@ def test_a_ring_hides_behind_work_what_it_starts_before_it() -> None:
 def test_they_are_projected_with_what_is_taken_for_granted(name: str) -> None:
     found = project(make("cp4", name), Target("cpu", gpus_per_node=8))
     assert found.status == "ok"
-    assert f"collectives of {name} cost what those of cpbench do" in found.warnings
+    assert "collectives of a library are taken to cost what those of cpbench do" in found.warnings
 
 
 def test_what_is_compiled_is_projected_as_it_is_before() -> None:
