@@ -16,7 +16,7 @@ from cpbench.environment import Machine, describe, git_state
 from cpbench.projection.calibration_sizes import BEFORE
 from cpbench.projection.constants import Curve, Kind, Number
 from cpbench.projection.least_squares import attention_fit, errors, flops_of, gemm_rates, rates, two_lines
-from cpbench.projection.links import Contention, Fit, Inside, LinkCosts, whole_buffer, wire
+from cpbench.projection.links import Behind, Contention, Fit, Inside, LinkCosts, whole_buffer, wire
 from cpbench.projection.profile import SCHEMA_VERSION, UNITS, Attention, DeviceProfile, Reserve, load_profile, profile_names, side
 
 Rows = Sequence[dict[str, Any]]
@@ -133,15 +133,17 @@ def _links(rows: Rows, known: DeviceProfile | None, backend: str, source: str) -
             work_between=_measured(slowed, "of its rate", f"as inside of a node, {source}", "derived"),
             transfer=_measured(dragged, "of its rate", source),
         ),
-        behind=behind_of(_only(rows, "behind")),
+        behind=behind_of(_only(rows, "behind"), source),
     )
 
 
-def behind_of(rows: Rows) -> tuple[tuple[float, float], ...]:
-    """(Seconds of work, seconds that collectives behind it take more than behind the work that all others were measured behind)."""
+def behind_of(rows: Rows, source: str) -> Behind | None:
+    """What collectives take more, or less, behind other work than that which all of them were measured behind."""
+    if not rows:
+        return None
     works = sorted({row["work_s"] for row in rows})
     means = {work_s: fmean(row["seconds"] for row in rows if row["work_s"] == work_s) for work_s in works}
-    return tuple((work_s, means[work_s] - means[BEFORE]) for work_s in works)
+    return Behind(kind="measured", source=source, points=tuple((work_s, means[work_s] - means[BEFORE]) for work_s in works))
 
 
 def _fit(rows: Rows, operation: str, source: str) -> Fit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from math import log
 from typing import Annotated, Literal
 
@@ -18,6 +19,13 @@ class Part(BaseModel):
     """Anything in a profile: frozen, nothing unknown in it, and no number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def require_ascending(points: Sequence[tuple[float, float]]) -> None:
+    """Raise ValueError unless each point is at a larger size than the one before."""
+    sizes = [size for size, _ in points]
+    if sizes != sorted(set(sizes)):
+        raise ValueError("the sizes of its points do not ascend")
 
 
 class Number(Part):
@@ -60,9 +68,7 @@ class Curve(Part):
 
     @model_validator(mode="after")
     def _ascending(self) -> Curve:
-        sizes = [size for size, _ in self.points]
-        if sizes != sorted(set(sizes)):
-            raise ValueError("the sizes of its points do not ascend")
+        require_ascending(self.points)
         return self
 
     def at(self, size: float) -> float:

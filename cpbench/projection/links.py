@@ -17,10 +17,10 @@ from itertools import pairwise
 from math import ceil, log2
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cpbench.errors import CpbenchError
-from cpbench.projection.constants import Kind, NotNegative, Number, Part, Positive, Source
+from cpbench.projection.constants import Kind, NotNegative, Number, Part, Positive, Source, require_ascending
 
 Operation = Literal["all_gather", "reduce_scatter", "all_to_all", "all_reduce", "send_recv"]
 End = Literal["fast", "expected", "slow"]
@@ -102,11 +102,23 @@ class Contention(Part):
     transfer: Number
 
 
+class Behind(Part):
+    """(Seconds of work, seconds that a collective behind so much work takes more than those of `inside`): threads that communicate get a core
+    later, the longer it was somebody else's."""
+
+    kind: Kind
+    source: Source
+    points: Annotated[tuple[tuple[NotNegative, float], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Behind:
+        require_ascending(self.points)
+        return self
+
+
 class LinkCosts(Part):
     """The links of a device. `step`: seconds of each rank beyond those measured. `in_model`: the part by which collectives inside a model
-    take longer than alone. `behind`: (seconds of work, seconds that a collective behind so much work takes more than those of `inside`): threads
-    that communicate get a core later, the longer it was somebody else's. `most_ranks`: of a group inside of a node, where more depend on the
-    board; None: no limit."""
+    take longer than alone. `most_ranks`: of a group inside of a node, where more depend on the board; None: no limit."""
 
     title: str
     inside: Inside
@@ -114,7 +126,7 @@ class LinkCosts(Part):
     in_model: Number
     between: Between | None = None
     contention: Contention
-    behind: tuple[tuple[NotNegative, float], ...] = ()
+    behind: Behind | None = None
     most_ranks: int | None = None
 
 
@@ -190,12 +202,12 @@ class Links:
 
     def late(self, work_s: float) -> float:
         """Seconds that a collective takes more behind so much work, on the line between two that were measured."""
-        known = self.costs.behind
-        if not known or work_s <= known[0][0]:
-            return known[0][1] if known else 0.0
+        if self.costs.behind is None:
+            return 0.0
+        known = self.costs.behind.points
         for (less, before), (more, after) in pairwise(known):
             if work_s <= more:
-                return before + (after - before) * (work_s - less) / (more - less)
+                return before + (after - before) * max(0.0, work_s - less) / (more - less)
         return known[-1][1]
 
     def outside(self, operation: str, ranks: Sequence[int], travels: float) -> str | None:

@@ -157,6 +157,7 @@ def with_value(data, value, *path):
         (lambda: json.dumps(with_value(stored("h200"), -1.0, "launch", "value")), "is wrong at launch.value"),
         (lambda: json.dumps(with_value(stored("h200"), 9.0, "links", "between", "rate", "value")), "not between its low and high ends"),
         (lambda: json.dumps(with_value(stored("h200"), [[2, 1], [1, 1]], "moved_rate", "points")), "do not ascend"),
+        (lambda: json.dumps(with_value(stored("cpu"), [[0.1, 0], [0.1, 1]], "links", "behind", "points")), "do not ascend"),
         (lambda: json.dumps(with_value(stored("h200"), 2, "schema_version")), "is wrong at schema_version"),
         (lambda: json.dumps({"schema": "cpbench.result"}), "is not a device profile"),
         (lambda: "[" * 100_000, "is not JSON"),
