@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rich.console import Console, ConsoleRenderable
 
+from cpbench.projection.calibration_sizes import BEFORE
 from cpbench.projection.profile import DeviceProfile
 from cpbench.report.columns import Column, fitting
 from cpbench.units import format_bytes, format_seconds
@@ -31,8 +32,16 @@ def calibration_view(profile: DeviceProfile, console: Console) -> list[ConsoleRe
     )
     contention, own = profile.links.contention, (profile.measured_with or {}).get("ranks", 1) > 1  # one rank has borrowed links
     beside = f"Beside a transfer work slows by {contention.work_inside.value:.0%}, and a transfer beside work by {contention.transfer.value:.0%}."
-    links = beside if own else f"Links: {profile.links.title}."
-    return [profile.title, "", fitting([*_compute(profile), *(_collectives(profile) if own else ())], columns, console), "", links]
+    links = [beside, *_behind(profile)] if own else [f"Links: {profile.links.title}."]
+    return [profile.title, "", fitting([*_compute(profile), *(_collectives(profile) if own else ())], columns, console), "", *links]
+
+
+def _behind(profile: DeviceProfile) -> Iterator[str]:
+    """What much work before a collective does to it, where that was measured."""
+    if profile.links.behind is not None:
+        work_s, more_s = profile.links.behind.points[-1]
+        more = f"{format_seconds(abs(more_s))} {'more' if more_s >= 0 else 'less'}"
+        yield f"Behind {format_seconds(work_s)} of work a collective takes {more} than behind {format_seconds(BEFORE)}."
 
 
 def _compute(profile: DeviceProfile) -> Iterator[_Row]:

@@ -93,7 +93,12 @@ def test_a_single_unknown_gpu_has_the_links_of_its_slot():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "there", "not_there"), [(2, "Beside a transfer work slows by 50%", "preset"), (1, "Links: gloo on this machine (preset", "all_gather")]
+    ("ranks", "there", "not_there"),
+    [
+        (2, "Beside a transfer work slows by 50%", "preset"),
+        (2, "Behind 30.0 ms of work a collective takes 290 us more", "preset"),
+        (1, "Links: gloo on this machine (preset", "all_gather"),
+    ],
 )
 def test_the_table_has_what_was_measured_here_alone(ranks, there, not_there):
     console = Console(width=120, record=True, file=io.StringIO())
