@@ -136,8 +136,12 @@ class Stage(TorchDispatchMode):
         to, source = (steps(range(size)),) * 2
         if arguments.get("output_split_sizes"):  # who gets nothing takes no part
             to, source = (steps(peer for peer in range(size) if arguments[f"{way}_split_sizes"][peer]) for way in ("input", "output"))
-        is_step = len(to) == len(source) == 1 and size > 2
-        return "send_recv" if is_step else found[0], found[1], to, source
+        operation, travels = found
+        if operation == "broadcast":  # a meeting of all, also for the root
+            travels = sent(arguments)
+        elif len(to) == len(source) == 1 and size > 2:
+            operation = "send_recv"
+        return operation, travels, to, source
 
     def _await(self, number: int) -> None:
         if self._under_way.pop(number, None) is not None:

@@ -93,6 +93,7 @@ def test_collectives_of_c10d() -> None:
         first.wait()
         dist.all_reduce(block, group=group)
         dist.all_gather([torch.empty_like(block) for _ in range(SIZE)], block, group=group)
+        dist.broadcast(block, group=group, group_src=dist.get_rank(group))
 
     tape = under(library)
     assert tape.transfers == [
@@ -100,8 +101,9 @@ def test_collectives_of_c10d() -> None:
         Transfer("cp", SIZE, "send_recv", 2 * 8, (SIZE - 1,), (2,)),
         Transfer("cp", SIZE, "all_reduce", 2 * ROWS * 8 * 3 // 4, everybody, everybody),
         Transfer("cp", SIZE, "all_gather", 3 * ROWS * 8, everybody, everybody),
+        Transfer("cp", SIZE, "broadcast", ROWS * 8, everybody, everybody),
     ]
-    assert tape.events == ["start 1", "start 2", "wait 2", "wait 1", "start 3", "wait 3", "start 4", "wait 4"]
+    assert tape.events == ["start 1", "start 2", "wait 2", "wait 1", *(f"{what} {number}" for number in (3, 4, 5) for what in ("start", "wait"))]
     assert bool((whole == 7).all()), "nothing is copied, which would take time"
 
 
