@@ -17,7 +17,7 @@ from cpbench.strategies.ring import Ring
 FAULT = os.environ["FAULT"]
 MOMENTS = {"ctrl-c between cells": ("done", "allgather"), "ctrl-c in timing": ("sample", "ring")}  # the event of a cell that has just been reported
 DAY = 86_400.0
-SEEN = 3.0  # seconds in which the driver has seen what has been reported
+SEEN = 3.0  # seconds in which the first rank has reported the cell before, and the driver has seen it
 prepare_cell, check, emit = worker.prepare_cell, trial.check, rank_job.Job.emit
 
 
@@ -34,6 +34,7 @@ def faulty(job: worker.Job, cell: Any, *rest: Any) -> worker.Trial:
         if FAULT == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if FAULT == "kill torchrun":
+            time.sleep(SEEN)
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
         if FAULT == "kill the driver":
