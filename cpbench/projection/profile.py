@@ -7,18 +7,16 @@ too: `outside` says so.
 
 from __future__ import annotations
 
-import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from cpbench.bounded import read_at_most
 from cpbench.cell import DTYPE_BYTES
-from cpbench.errors import UNREADABLE, CpbenchError, unknown
+from cpbench.errors import CpbenchError
 from cpbench.projection.constants import Curve, Number, Part
 from cpbench.projection.links import LinkCosts
+from cpbench.projection.named_files import NamedFiles
 
 Costs = TypeVar("Costs")
 SCHEMA, SCHEMA_VERSION = "cpbench.device", 1
@@ -160,9 +158,12 @@ def side(m: int, n: int, k: int) -> float:
     return 3 / (1 / m + 1 / n + 1 / k)
 
 
+_PROFILES = NamedFiles("devices", "device", "device profile", SCHEMA, DeviceProfile, MAX_BYTES, CALIBRATE)
+
+
 def profile_names() -> list[str]:
     """The devices that cpbench has a profile of."""
-    return sorted(file.name.removesuffix(".json") for file in resources.files(__package__).joinpath("devices").iterdir() if file.name.endswith(".json"))
+    return _PROFILES.names()
 
 
 def load_profile(name_or_path: str | Path) -> DeviceProfile:
@@ -170,35 +171,4 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 
     Raises CpbenchError: unknown device (exit code 2), a file that cannot be read or lacks a constant (exit code 4).
     """
-    text = str(name_or_path)
-    if isinstance(name_or_path, str) and "/" not in text and not text.endswith(".json"):
-        if text not in profile_names():
-            error = unknown("device", text, profile_names())
-            raise CpbenchError(error.message, f"{error.hint} {CALIBRATE}")
-        return _parsed(resources.files(__package__).joinpath("devices", f"{text}.json").read_text(encoding="utf-8"), text)
-    file = Path(text)
-    try:
-        content = read_at_most(file, MAX_BYTES)
-        if content is None:
-            raise CpbenchError(f"{file} is too large for a device profile.", CALIBRATE, UNREADABLE)
-        return _parsed(content, text)
-    except OSError as error:
-        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", f"Devices: {', '.join(profile_names())}. {CALIBRATE}", UNREADABLE) from error
-    except UnicodeDecodeError as error:
-        raise CpbenchError(f"{file} is not a device profile.", CALIBRATE, UNREADABLE) from error
-
-
-def _parsed(text: str, name: str) -> DeviceProfile:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CpbenchError(f"{name} is not JSON.", CALIBRATE, UNREADABLE) from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise CpbenchError(f"{name} is not a device profile.", f'One has "schema": "{SCHEMA}" at its top. {CALIBRATE}', UNREADABLE)
-    try:
-        return DeviceProfile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = f"lacks {where}" if first["type"] == "missing" else f"is wrong at {where}: {str(first['msg']).removeprefix('Value error, ')}"
-        raise CpbenchError(f"The device profile {name} {said}.", CALIBRATE, UNREADABLE) from error
+    return _PROFILES.load(name_or_path)

@@ -6,20 +6,18 @@ for each number as it was printed. This module reads and checks them; what a pro
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cpbench.bounded import read_at_most
 from cpbench.cell import Cell
 from cpbench.errors import UNREADABLE, CpbenchError, unknown
 from cpbench.layout import Layout
 from cpbench.models.presets import PRESETS
 from cpbench.plan import unsupported
+from cpbench.projection.named_files import NamedFiles
 from cpbench.projection.profile import profile_names
 from cpbench.strategies import STRATEGIES
 
@@ -132,9 +130,12 @@ class Study(_Model):
         return Cell(self.target, config, layers, Layout.parse(layout), row.strategy, row.partition, "auto", self.dtype, "cuda", (row.tokens,))
 
 
+_STUDIES = NamedFiles("studies", "study", "study", SCHEMA, Study, MAX_BYTES, HINT)
+
+
 def study_names() -> list[str]:
     """The studies that cpbench has."""
-    return sorted(file.name.removesuffix(".json") for file in resources.files(__package__).joinpath("studies").iterdir() if file.name.endswith(".json"))
+    return _STUDIES.names()
 
 
 def load_study(name_or_path: str | Path) -> Study:
@@ -142,35 +143,10 @@ def load_study(name_or_path: str | Path) -> Study:
 
     Raises CpbenchError: an unknown name (exit code 2), a file that cannot be read or whose rows are no cells of cpbench (exit code 4).
     """
-    text = str(name_or_path)
-    if isinstance(name_or_path, str) and "/" not in text and not text.endswith(".json"):
-        if text not in study_names():
-            raise unknown("study", text, study_names())
-        return _read(resources.files(__package__).joinpath("studies", f"{text}.json").read_text(encoding="utf-8"), text)
-    file = Path(text)
-    try:
-        content = read_at_most(file, MAX_BYTES)
-        if content is None:
-            raise CpbenchError(f"{file} is larger than {MAX_BYTES >> 20} MiB.", HINT, UNREADABLE)
-        return _read(content, text)
-    except OSError as error:
-        raise CpbenchError(f"{file} cannot be read: {error.strerror}.", f"Studies: {', '.join(study_names())}.", UNREADABLE) from error
-    except UnicodeDecodeError as error:
-        raise CpbenchError(f"{file} is not text.", HINT, UNREADABLE) from error
-
-
-def _read(text: str, name: str) -> Study:
-    try:
-        study = Study.model_validate(json.loads(text))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its top"
-        raise CpbenchError(f"The study {name} is wrong at {where}: {str(first['msg']).removeprefix('Value error, ')}.", HINT, UNREADABLE) from error
-    except (ValueError, RecursionError) as error:
-        raise CpbenchError(f"The study {name} is not JSON.", HINT, UNREADABLE) from error
+    study = _STUDIES.load(name_or_path)
     for number, row in enumerate(study.rows):
         if wrong := _wrong(study, row):
-            raise CpbenchError(f"The study {name} is wrong in row {number}: {wrong}", HINT, UNREADABLE)
+            raise CpbenchError(f"The study {name_or_path} is wrong in row {number}: {wrong}", HINT, UNREADABLE)
     return study
 
 

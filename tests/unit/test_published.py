@@ -100,7 +100,7 @@ def test_what_is_shipped_is_what_was_printed() -> None:
         ({"partition": "replicated"}, {}, "ring cannot use the replicated partition"),
         ({}, {"machines": {"a box": {"device": "h9000", "gpus_per_node": 8, "title": "8"}}}, "Unknown device 'h9000'"),
         ({}, {"unknown": []}, "wrong at unknown"),
-        ({}, {"schema": "cpbench.result"}, "wrong at schema"),
+        ({}, {"schema": "cpbench.result"}, "is not a study"),
     ],
 )
 def test_a_study_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, row: dict[str, Any], changes: dict[str, Any], message: str) -> None:
