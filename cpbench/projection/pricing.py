@@ -21,8 +21,7 @@ from cpbench.kernels.varlen import VarlenKernel
 from cpbench.projection.profile import DeviceProfile, side
 
 FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh", "aten::detach"}
-LIKE_FIRST = {"aten::logaddexp", "aten::sigmoid"}  # of shapes that PyTorch would make out of a dozen operators
-SHAPED_LIKE_FIRST = ("in place", "like")  # nothing has to be asked of PyTorch, which takes most of the time
+LIKE_FIRST = {"aten::logaddexp", "aten::sigmoid", "aten::sub"}  # of shapes that PyTorch would make out of a dozen operators
 FP8 = {torch.float8_e4m3fn}
 COUNTS = 0.01  # of the time
 
@@ -49,9 +48,8 @@ class PricedClock(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
-        if kind in SHAPED_LIKE_FIRST and args[0].is_meta:
-            result = args[0] if kind == "in place" else torch.empty_like(args[0])
-        else:
+        result = _shaped(kind, args)
+        if result is None:
             result = func(*args, **(kwargs or {}))
         if kind == "free":
             return result
@@ -121,8 +119,23 @@ def _name(dtype: torch.dtype) -> str:
     return "fp8" if dtype in FP8 else str(dtype).removeprefix("torch.")
 
 
+def _shaped(kind: str, args: Any) -> Tensor | None:
+    """What an operator gives out, where nothing has to be asked of PyTorch, which takes most of the time; None where it has."""
+    if kind == "in place" and args[0].is_meta:
+        result: Tensor = args[0]
+        return result
+    if kind not in ("like", "cat") or (kind == "cat" and args[1:] not in ((), (0,))):
+        return None
+    tensors, above = (args[0], 1) if kind == "cat" else (args, 0)  # whose lengths on the first side may differ
+    first = tensors[0]
+    for x in tensors:
+        if not (isinstance(x, Tensor) and x.is_meta and x.dtype == first.dtype and x.dim() == first.dim() and x.shape[above:] == first.shape[above:]):
+            return None
+    return first.new_empty(sum(len(x) for x in tensors), *first.shape[1:]) if above else torch.empty_like(first)
+
+
 def _kind(func: Any) -> str:
-    """What is paid for: nothing, a product, attention, or bytes."""
+    """What is paid for: nothing, a product, attention, or bytes; of bytes also what they are shaped like."""
     name = func._schema.name
     if name in FREE or func.is_view:
         return "free"
@@ -133,7 +146,7 @@ def _kind(func: Any) -> str:
         return "attention"
     if short.endswith("_") and func._schema.is_mutable and torch.Tag.inplace_view not in func.tags:
         return "in place"
-    return "like" if name in LIKE_FIRST else "bytes"
+    return "cat" if short == "cat" else "like" if name in LIKE_FIRST else "bytes"
 
 
 class PricedKernel(VarlenKernel):

@@ -13,7 +13,7 @@ from torch import Tensor
 from cpbench.device_kind import standing_for
 from cpbench.formulas import flops_of_rank
 from cpbench.projection.pricing import PricedClock, PricedKernel
-from cpbench.projection.profile import DeviceProfile
+from cpbench.projection.profile import DeviceProfile, load_profile
 from cpbench.projection.simulated import META, classes, simulate, without_storage
 from tests.unit.test_simulated import CELLS, make
 
@@ -60,6 +60,30 @@ def shaped(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 X, W, B = shaped(3, 5), shaped(7, 5), shaped(7)
+
+
+SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "sub": lambda x: x - x.t().contiguous().t(),
+    "sub, broadcast": lambda x: x - x[:1],
+    "sub, wider": lambda x: x - x.double(),
+    "sub, number": lambda x: x - 1.0,
+    "logaddexp": lambda x: torch.logaddexp(x, x),
+    "sigmoid": torch.sigmoid,
+    "in place": lambda x: x.add_(x),
+    "cat": lambda x: torch.cat([x, x[:2], x]),
+    "cat, other side": lambda x: torch.cat([x, x[:, :2]], 1),
+    "cat, wider": lambda x: torch.cat([x, x.double()]),
+    "cat, one side": lambda x: torch.cat([x[0], x[1, :2]]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_shapes_that_are_worked_out_here_are_those_of_pytorch(name: str) -> None:
+    real = SHAPED[name](torch.rand(4, 4))
+    with PricedClock(load_profile("h200")) as clock:
+        shaped = SHAPED[name](torch.empty(4, 4, device="meta"))
+    assert (shaped.shape, shaped.dtype, shaped.is_meta) == (real.shape, real.dtype, True)
+    assert clock.seconds > 0
 
 
 @pytest.mark.parametrize(
