@@ -220,7 +220,7 @@ def _tensors(entries: dict[str, Any], size: int, name: str) -> dict[str, Stored]
 
 def _json(data: bytes, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode())  # of bytes json would take UTF-16 and UTF-32 too, which the format does not have
     except (ValueError, RecursionError) as error:
         raise CpbenchError(f"{what} is not JSON.", GET_AGAIN) from error
     if not isinstance(value, dict):

@@ -191,6 +191,7 @@ def entry(**changes):
         (lambda folder: (folder / SINGLE).write_bytes(b"PK\x03\x04" * 100), "truncated, or no safetensors file: its header claims"),
         (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "its header claims 9,223,372,036,854,775,808 bytes"),
         (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 4) + b"nope"), "The header of model.safetensors is not JSON"),
+        (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 8) + "{}".encode("utf-32-le")), "The header of model.safetensors is not JSON"),
         (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 2) + b"[]"), "holds no JSON object"),
         (lambda folder: (folder / SINGLE).write_bytes(struct.pack("<Q", 9**5) + b"[" * 9**5), "is not JSON"),
         (lambda folder: header(folder, lambda text: text, cut=1), "it is truncated"),
