@@ -19,13 +19,12 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from cpbench.distributed.observe import NAMESPACES, group_of, named, reading, sent, short
+from cpbench.distributed.observe import NAMESPACES, SILENT, group_of, named, reading, sent, short
 from cpbench.errors import CpbenchError
 
 BACKEND = "fake"
 WAIT, WRAP = "wait_tensor", "_wrap_tensor_autograd"
 SENDS, RECEIVES = ("send", "isend"), ("recv_", "irecv")
-NOTHING_TRAVELS = ("barrier", "monitored_barrier_", "check_for_nan")
 
 Places = tuple[int, ...]  # of a group, as steps from this rank's own
 Start = Callable[[str, int, Places, Places], int]  # operation, bytes received (or sent to a single other), to and from whom: its number
@@ -96,13 +95,15 @@ class Stage(TorchDispatchMode):
         if any(kind is not Tensor and kind.__module__.startswith("torch.distributed") for kind in types):
             return NotImplemented  # wrappers, as DTensor is one, call operators on what they hold
         name = short(func)
-        if func.namespace not in NAMESPACES or name in NOTHING_TRAVELS:
+        if func.namespace not in NAMESPACES:
             return func(*args, **(kwargs or {}))
         if name == WAIT:
             self._await(self._numbers.pop(id(args[0]), 0))
             return args[0]
         if name == WRAP:  # for tensors without storage PyTorch has an operator that forgets to await
             return AsyncCollectiveTensor(args[0])
+        if name in SILENT and name not in SENDS:  # nothing travels
+            return func(*args, **(kwargs or {}))
         arguments = named(func, args, kwargs)
         number = self._start(*self._seen(name, arguments, func.namespace))
         if func.namespace == "c10d":

@@ -57,10 +57,11 @@ def main(path: str) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """Something to time: the row that says what, and the call, which holds its tensors only as long as it is timed."""
+    """Something to time: the row that says what, the call, which holds its tensors only as long as it is timed, and how its times are taken."""
 
     row: dict[str, Any]
-    make: Callable[[], Callable[[], Any]]
+    make: Callable[[], Callable[[], object]]
+    times: Callable[[Callable[[], object]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,26 @@ class Calibration:
             one = torch.ones(1, device=self.device.torch_device)
             self._write("launch", seconds=median(self._times(lambda: one + one)))
             for trials in (self._moved(sizes), self._gemms(sizes), self._attentions(sizes)):
-                self._measure(list(trials), self._times, median)
+                self._measure(list(trials), median)
         if self.group.size > 1:
-            self._measure(list(self._collectives(sizes)), partial(self._waits, self._work(sizes, BEFORE)), mean)
+            self._measure(list(self._collectives(sizes)), mean)
             if self.job["compute"]:
                 self._write("contention", **self._contention(sizes))
                 if self.device.torch_device.type == "cpu":  # GPUs have a stream for it
-                    self._measure(list(self._behind(sizes)), lambda waits: waits(), mean)
+                    self._measure(list(self._behind(sizes)), mean)
 
     def _write(self, what: str, **fields: Any) -> None:
         if self.group.rank == 0:
             with Path(self.job["rows"]).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"what": what, "ranks": self.group.size, **fields}) + "\n")
 
-    def _measure(self, trials: Sequence[Trial], times: Callable[[Any], list[float]], middle: Callable[[Sequence[float]], float]) -> None:
+    def _measure(self, trials: Sequence[Trial], middle: Callable[[Sequence[float]], float]) -> None:
         """Write the times of some trials. Rounds go over all of them, so that what disturbs the machine for a while disturbs each a little."""
         taken: list[list[float]] = [[] for _ in trials]
         for _ in range(1 if self.job["quick"] else ROUNDS):
             for trial, seconds in zip(trials, taken, strict=True):
                 if not seconds or seconds[0] < LONG:
-                    seconds.extend(times(trial.make()))
+                    seconds.extend(trial.times(trial.make()))
         for trial, seconds in zip(trials, taken, strict=True):
             self._write(**trial.row, seconds=middle(seconds))
 
@@ -138,7 +139,7 @@ class Calibration:
     def _moved(self, sizes: Sizes) -> Iterator[Trial]:
         """An element-wise kernel into fresh space."""
         for count in sizes.moved_bytes:
-            yield Trial({"what": "moved", "bytes": count}, partial(self._doubled, count // (2 * ELEMENT_BYTES)))
+            yield Trial({"what": "moved", "bytes": count}, partial(self._doubled, count // (2 * ELEMENT_BYTES)), self._times)
 
     def _doubled(self, elements: int) -> Callable[[], object]:
         x = torch.ones(elements, device=self.device.torch_device)
@@ -149,7 +150,7 @@ class Calibration:
             if dtype == FP8 and refusal(self.device.torch_device, FP8):
                 continue
             for m, n, k in sizes.gemms:
-                yield Trial({"what": "gemm", "dtype": dtype, "m": m, "n": n, "k": k}, partial(self._product, m, n, k, dtype))
+                yield Trial({"what": "gemm", "dtype": dtype, "m": m, "n": n, "k": k}, partial(self._product, m, n, k, dtype), self._times)
 
     def _product(self, m: int, n: int, k: int, dtype: str) -> Callable[[], object]:
         """x W^T, of fp8 without quantising x."""
@@ -169,7 +170,7 @@ class Calibration:
                 for q_rows, k_rows, causal in sizes.attentions:
                     shape = {"q_rows": q_rows, "k_rows": k_rows, "causal": causal, "heads": heads, "kv_heads": kv_heads, "dim": dim}
                     row = {"what": "attention", "dtype": dtype, **shape, "kernel": kernel.dispatched(dtype, dim, dim)}
-                    yield Trial(row, partial(self._attention, kernel, row))
+                    yield Trial(row, partial(self._attention, kernel, row), self._times)
 
     def _attention(self, kernel: Kernel, row: dict[str, Any]) -> Callable[[], object]:
         like = {"device": self.device.torch_device, "dtype": getattr(torch, row["dtype"])}
@@ -179,19 +180,22 @@ class Calibration:
 
     def _collectives(self, sizes: Sizes) -> Iterator[Trial]:
         """In the way that programs call them."""
+        work = self._work(sizes, BEFORE)
         for operation in OPERATIONS:
             for travels in sizes.collective_bytes:
-                make = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
-                yield Trial({"what": "collective", "operation": operation, "bytes": travels}, make)
+                yield self._collective({"what": "collective", "operation": operation, "bytes": travels}, work)
 
     def _behind(self, sizes: Sizes) -> Iterator[Trial]:
         """Some collectives behind less and more work."""
         works = {seconds: self._work(sizes, seconds) for seconds in BEHIND}
         for operation, travels in BEHIND_TRIALS:
             for seconds, work in works.items():
-                call = partial(collective_call, self.group, operation, travels // ELEMENT_BYTES, self.device.torch_device)
-                row = {"what": "behind", "operation": operation, "bytes": travels, "work_s": seconds}
-                yield Trial(row, partial(lambda work, call: partial(self._waits, work, call()), work, call))
+                yield self._collective({"what": "behind", "operation": operation, "bytes": travels, "work_s": seconds}, work)
+
+    def _collective(self, row: dict[str, Any], work: Callable[[], object]) -> Trial:
+        """The collective that a row names, each call of it behind some work."""
+        make = partial(collective_call, self.group, row["operation"], row["bytes"] // ELEMENT_BYTES, self.device.torch_device)
+        return Trial(row, make, partial(self._waits, work))
 
     def _work(self, sizes: Sizes, seconds: float) -> Callable[[], object]:
         """Products that take so long."""

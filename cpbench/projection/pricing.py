@@ -121,17 +121,22 @@ def _name(dtype: torch.dtype) -> str:
 
 def _shaped(kind: str, args: Any) -> Tensor | None:
     """What an operator gives out, where nothing has to be asked of PyTorch, which takes most of the time; None where it has."""
-    if kind == "in place" and args[0].is_meta:
-        result: Tensor = args[0]
-        return result
-    if kind not in ("like", "cat") or (kind == "cat" and args[1:] not in ((), (0,))):
-        return None
-    tensors, above = (args[0], 1) if kind == "cat" else (args, 0)  # whose lengths on the first side may differ
-    first = tensors[0]
-    for x in tensors:
-        if not (isinstance(x, Tensor) and x.is_meta and x.dtype == first.dtype and x.dim() == first.dim() and x.shape[above:] == first.shape[above:]):
-            return None
-    return first.new_empty(sum(len(x) for x in tensors), *first.shape[1:]) if above else torch.empty_like(first)
+    if kind == "in place":
+        return args[0] if args[0].is_meta else None
+    if kind == "like":
+        return torch.empty_like(args[0]) if _alike(args, 0) else None
+    if kind == "cat" and args[1:] in ((), (0,)) and _alike(args[0], 1):
+        first: Tensor = args[0][0]
+        return first.new_empty(sum(len(x) for x in args[0]), *first.shape[1:])
+    return None
+
+
+def _alike(values: Sequence[Any], above: int) -> bool:
+    """Whether these are tensors without storage that have one dtype and one shape, from the side `above` on."""
+    first = values[0]
+    return all(
+        isinstance(x, Tensor) and x.is_meta and x.dtype == first.dtype and x.dim() == first.dim() and x.shape[above:] == first.shape[above:] for x in values
+    )
 
 
 def _kind(func: Any) -> str:

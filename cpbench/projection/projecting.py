@@ -16,6 +16,7 @@ from cpbench.errors import CpbenchError
 from cpbench.formulas import flops_of_rank, live_bytes
 from cpbench.kernels.base import Kernel
 from cpbench.kernels.cpu_flash import CpuFlash
+from cpbench.memory_pass import brings_collectives
 from cpbench.projection.light import light
 from cpbench.projection.limits import limits_of
 from cpbench.projection.links import Links, Topology
@@ -26,7 +27,6 @@ from cpbench.projection.simulated import META, classes, peak_of, simulate, witho
 from cpbench.projection.tape import Script
 from cpbench.records import TIME_METRIC, not_measured
 from cpbench.results import CellResult, Metric, Projection
-from cpbench.strategies import STRATEGIES
 
 JITTER = 0.01  # of a rank's work, one standard deviation: assumed; sweeps show skews of 1.00 to 1.03 between ranks with equal work
 Compute = Literal["lookup", "measured"]
@@ -197,10 +197,12 @@ def peak(cell: Cell, profile: DeviceProfile) -> tuple[int, int, dict[str, int]]:
     What a library does differently from rank to rank is in no closed form: there the first and the last of those ranks have their programs run.
     """
     needs = {rank: live_bytes(cell, rank) for rank in classes(cell)}
-    heaviest = [rank for rank, most in needs.items() if most == max(needs.values())]
+    most = max(needs.values())
+    heaviest = [rank for rank, needed in needs.items() if needed == most]
+    ends = {heaviest[0], heaviest[-1]} if brings_collectives(cell) else {heaviest[0]}
     with without_storage(kind_of_device(profile)):
         kernel = _kernel(profile, PricedClock(profile))
-        found = [(rank, *peak_of(cell, rank, kernel)) for rank in sorted({heaviest[0], heaviest[-1 if library_of(cell) else 0]})]
+        found = [(rank, *peak_of(cell, rank, kernel)) for rank in sorted(ends)]
     return max(found, key=lambda one: one[1])
 
 
@@ -225,13 +227,6 @@ def _assumptions(cell: Cell) -> list[str]:
     """What the simulation takes for granted of this cell."""
     even = ["routers are taken to give all experts as many rows"] if cell.has_experts else []
     fused = ["products that are fused with collectives are priced one after the other"] if cell.sp_fused else []
-    library = library_of(cell)
-    brought = ["collectives of a library are taken to cost what those of cpbench do"] if library else []
-    compiled = ["what would be compiled is priced as it is before"] if library and cell.compile != NOT_COMPILED else []
+    brought = ["collectives of a library are taken to cost what those of cpbench do"] if brings_collectives(cell) else []
+    compiled = ["what would be compiled is priced as it is before"] if cell.compile != NOT_COMPILED else []
     return even + fused + brought + compiled
-
-
-def library_of(cell: Cell) -> str | None:
-    """The strategy of a cell that brings its own collectives, if there is one."""
-    steps = (step.strategy for part in cell.parts for step in part.cell.steps)
-    return next((name for name in steps if STRATEGIES[name].brings_collectives), None)

@@ -126,7 +126,7 @@ class Tape:
     def wait(self, number: int) -> None:
         entry = _Entry(self.clock(), number, name=self._name)
         self.entries.append(entry)
-        left = self._until.pop(number, 0.0) - time.perf_counter() if self._until else 0.0
+        left = self._until.pop(number, 0.0) - time.perf_counter()
         if left > 0:
             time.sleep(left)
             entry.resumed = self.clock()
