@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from cpbench.dispatch import Watching
 from cpbench.distributed.observe import NAMESPACES, SILENT, group_of, named, reading, sent, short
 from cpbench.errors import CpbenchError
 
@@ -57,7 +58,7 @@ def leave() -> None:
         _groups.clear()
 
 
-class Stage(TorchDispatchMode):
+class Stage(Watching):
     """Around a library that communicates over a group.
 
     `fill` is given what would be received. What is still under way at the end is awaited there. Raises CpbenchError for an operator that
@@ -65,14 +66,10 @@ class Stage(TorchDispatchMode):
     """
 
     def __init__(self, start: Start, wait: Callable[[int], None], fill: Callable[[Iterable[Tensor]], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._start, self._wait, self._fill = start, wait, fill
         self._under_way: dict[int, Any] = {}  # by number what is read and written, kept until it is awaited
         self._numbers: dict[int, int] = {}  # of the tensors that functional collectives gave out, by identity: those are kept
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the wrapper that guards against compilation imports torch._dynamo, which takes seconds
 
     def __enter__(self) -> Stage:
         stage, self._wait_of_work = self, FakeWork.wait

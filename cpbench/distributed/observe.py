@@ -19,9 +19,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cpbench.dispatch import Watching
 from cpbench.distributed.traffic import Traffic
 
 NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
@@ -37,16 +37,12 @@ class Observation:
     unread: set[str] = field(default_factory=set)
 
 
-class Observer(TorchDispatchMode):
+class Observer(Watching):
     """Adds the collectives that run inside it to an observation, under one axis."""
 
     def __init__(self, axis: str, observation: Observation) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._axis, self._observation = axis, observation
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the wrapper that guards against compilation imports torch._dynamo: 2 seconds per rank
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

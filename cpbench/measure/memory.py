@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cpbench.dispatch import Watching
 from cpbench.kernels.base import Kernel
 from cpbench.measure.allocator import allocator_history
 from cpbench.measure.device import Device
@@ -55,7 +55,7 @@ class _Change(NamedTuple):
     seconds: float
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(Watching):
     """Bytes of the storages alive on a device, and the moment they were most.
 
     What `held` lists at the end (weights, caches, reused buffers) outlives the pass and is counted as alive all along, also where
@@ -64,7 +64,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, held: Held, limit: int | None = None, phases: PhaseLog | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._device, self._held, self._limit = device, held, limit
         self._phases = phases or PhaseLog(time.perf_counter)
         self._alive: dict[int, tuple[int, int]] = {}  # address -> (serial number, bytes); addresses are used again, numbers are not
@@ -77,10 +77,6 @@ class LiveTensors(TorchDispatchMode):
         for _, tensor in held():
             self._see(tensor, None)
         self.started_with, self._before = self._level, len(self._changes)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the wrapper that guards against compilation imports torch._dynamo: 2 seconds per rank
 
     def __enter__(self) -> LiveTensors:
         if self._limit is not None and self._level > self._limit:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cpbench.dispatch import Watching
 from cpbench.kernels.varlen import VarlenKernel
 from cpbench.projection.profile import DeviceProfile, side
 
@@ -26,19 +26,15 @@ FP8 = {torch.float8_e4m3fn}
 COUNTS = 0.01  # of the time
 
 
-class PricedClock(TorchDispatchMode):
+class PricedClock(Watching):
     """Seconds that the operators seen so far would take. `mark` and `between` are those of a `Clock`."""
 
     def __init__(self, profile: DeviceProfile) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.profile = profile
         self.seconds = 0.0
         self._kinds: dict[Any, str] = {}
         self._beyond: dict[tuple[str, str, bool], dict[float, float]] = defaultdict(dict)  # kind, dtype, whether it is above the range -> seconds by size
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the wrapper that guards against compilation imports torch._dynamo, which takes seconds
 
     def mark(self) -> float:
         return self.seconds
